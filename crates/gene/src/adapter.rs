@@ -1,0 +1,259 @@
+//! A gene as a PEFT adapter over a target.
+//!
+//! Module by module `c * B` and `A`, the layer's coefficient folded into B once in `f32`, scale 1. If the target is an
+//! adapter itself the result is one adapter over the same base that holds both: ranks are concatenated (the target's
+//! first), which is exact up to the rounding of each B to `f32`; what the target saved whole is copied.
+//!
+//! An adapter cannot hold the rest. What is lost so is reported, never hidden; whether that is acceptable is the caller's
+//! decision. With every coefficient 0 all modules are written with B = 0, because loaders refuse an empty adapter.
+//!
+//! Not here: merging into weights, profiles for other loaders.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use checkpoint::{Adapter, Checkpoint, Dtype, Factors, FolderWriter, TensorSpec, default_metadata};
+
+use crate::error::{GeneError, Result};
+use crate::expression::check_coefficients;
+use crate::family::check_family;
+use crate::manifest::{ADAPTER_FILE, Class};
+use crate::peft::PeftConfig;
+use crate::read::Gene;
+use crate::spill::f32_bytes;
+
+/// What an adapter holds, and what it cannot hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdapterReport {
+    /// Modules with factors.
+    pub modules: usize,
+    /// The largest rank.
+    pub rank_max: usize,
+    /// Tensors of the gene's rest that would have been changed and are not.
+    pub dropped: Vec<String>,
+}
+
+/// Writes the adapter folder of a gene with these coefficients over a target.
+pub fn write_adapter(
+    out: &Path,
+    gene: &Gene,
+    coefficients: &BTreeMap<u32, f64>,
+    target: &Checkpoint,
+    force: bool,
+) -> Result<AdapterReport> {
+    check(gene, coefficients, target)?;
+    let folder = FolderWriter::create(out, force)?;
+    let report = adapter_into(&folder, gene, coefficients, target)?;
+    folder.publish()?;
+    Ok(report)
+}
+
+/// Writes `adapter_config.json` and `adapter_model.safetensors` into a folder that the caller publishes.
+pub fn adapter_into(
+    folder: &FolderWriter,
+    gene: &Gene,
+    coefficients: &BTreeMap<u32, f64>,
+    target: &Checkpoint,
+) -> Result<AdapterReport> {
+    check(gene, coefficients, target)?;
+    let plan = Plan::new(gene, coefficients, target.adapter())?;
+    let saved: Vec<_> = target.adapter().map(|adapter| adapter.saved().iter().collect()).unwrap_or_default();
+
+    let mut specs: Vec<TensorSpec> = Vec::new();
+    for part in &plan.parts {
+        let ([rows, cols], rank) = (part.shape, part.rank as u64);
+        let [a, b] = part.tensors();
+        let (a_shape, b_shape) =
+            if part.embedding { ([rank, rows], [cols, rank]) } else { ([rank, cols], [rows, rank]) };
+        specs.push((a, Dtype::F32, a_shape.to_vec()));
+        specs.push((b, Dtype::F32, b_shape.to_vec()));
+    }
+    // Factors are four bytes wide and come first, so that they stay aligned whatever was saved.
+    specs.extend(saved.iter().map(|(_, info)| (info.name.clone(), info.dtype, info.shape.clone())));
+
+    let mut shard = folder.shard(ADAPTER_FILE, &default_metadata(), &specs)?;
+    for part in &plan.parts {
+        let factors = part.factors(gene, target.adapter())?;
+        let (a, b) = if part.embedding {
+            let Factors { a, b, rows, cols, rank, .. } = &factors;
+            (transposed(b, *rows, *rank), transposed(a, *rank, *cols))
+        } else {
+            (factors.a, factors.b)
+        };
+        let [a_name, b_name] = part.tensors();
+        for (name, values) in [(a_name, a), (b_name, b)] {
+            shard.write(&name, &f32_bytes(&values))?;
+        }
+    }
+    if let Some(adapter) = target.adapter() {
+        for (_, info) in &saved {
+            shard.write(&info.name, &adapter.shards().read(info)?)?;
+        }
+    }
+    shard.finish()?;
+
+    let ranks: Vec<(String, usize)> = plan.parts.iter().map(|part| (part.name.clone(), part.rank)).collect();
+    // Base layers of adapted embeddings are stored under their own name and are not announced.
+    let whole = saved.iter().filter(|(_, info)| !info.name.contains(".base_layer."));
+    let whole: BTreeSet<String> =
+        whole.filter_map(|(name, _)| name.rsplit_once('.').map(|(module, _)| module.to_owned())).collect();
+    let whole: Vec<String> = whole.into_iter().collect();
+    let base = base_name(target)?;
+    let config = PeftConfig { base: &base, modules: &ranks, saved: &whole };
+    folder.file("adapter_config.json", &config.to_bytes())?;
+
+    let coefficient = |layer: u32| coefficients.get(&layer).copied().unwrap_or(0.0);
+    let dropped = gene
+        .rest()
+        .iter()
+        .filter(|entry| {
+            entry.class != Class::LeftOut && entry.layer.is_none_or(|layer| coefficient(layer) > 0.0)
+        })
+        .map(|entry| entry.name.clone())
+        .collect();
+    Ok(AdapterReport {
+        modules: plan.parts.len(),
+        rank_max: plan.parts.iter().map(|part| part.rank).max().unwrap_or(0),
+        dropped,
+    })
+}
+
+fn check(gene: &Gene, coefficients: &BTreeMap<u32, f64>, target: &Checkpoint) -> Result<()> {
+    check_coefficients(coefficients)?;
+    let layers = gene.layers();
+    for (&layer, &value) in coefficients {
+        if value > 0.0 && !layers.contains(&layer) {
+            return Err(GeneError::UnknownLayer { layer });
+        }
+    }
+    check_family(gene, target)
+}
+
+/// One module of the adapter to be written.
+struct Part {
+    name: String,
+    shape: [u64; 2],
+    rank: usize,
+    /// Coefficient of the gene's factors, if they take part.
+    gene: Option<f32>,
+    /// Whether the target's own factors take part.
+    target: bool,
+    embedding: bool,
+}
+
+impl Part {
+    /// Names of the first and the second factor.
+    fn tensors(&self) -> [String; 2] {
+        let endings = if self.embedding {
+            ["lora_embedding_A", "lora_embedding_B"]
+        } else {
+            ["lora_A.weight", "lora_B.weight"]
+        };
+        endings.map(|ending| format!("base_model.model.{}.{ending}", self.name))
+    }
+
+    /// Both factors joined, scales folded into B.
+    fn factors(&self, gene: &Gene, target: Option<&Adapter>) -> Result<Factors> {
+        let mut terms = Vec::new();
+        if self.target
+            && let Some(found) = target.map(|adapter| adapter.factors(&self.name)).transpose()?.flatten()
+        {
+            terms.push((found.scale, found));
+        }
+        if let Some(coefficient) = self.gene {
+            terms.push((f64::from(coefficient), gene.factors(&self.name)?));
+        }
+        let [rows, cols] = self.shape.map(|side| side as usize);
+        let mut b = Vec::with_capacity(rows * self.rank);
+        for row in 0..rows {
+            for (scale, term) in &terms {
+                let values = &term.b[row * term.rank..(row + 1) * term.rank];
+                // A coefficient is an f32, so for the gene's factors this is one f32 product, rounded once.
+                b.extend(values.iter().map(|&value| (f64::from(value) * scale) as f32));
+            }
+        }
+        if let Some(index) = b.iter().position(|value| !value.is_finite()) {
+            return Err(GeneError::NonFinite { name: self.name.clone(), index: index as u64 });
+        }
+        let a = terms.iter().flat_map(|(_, term)| term.a.iter().copied()).collect();
+        Ok(Factors { b, a, rows, cols, rank: self.rank, scale: 1.0 })
+    }
+}
+
+struct Plan {
+    /// Sorted by name.
+    parts: Vec<Part>,
+}
+
+impl Plan {
+    fn new(gene: &Gene, coefficients: &BTreeMap<u32, f64>, target: Option<&Adapter>) -> Result<Plan> {
+        let mut parts = BTreeMap::new();
+        for (name, module) in target.iter().flat_map(|adapter| adapter.modules()) {
+            let embedding = module.a.name.ends_with(".lora_embedding_A");
+            if module.transposed && !embedding {
+                return Err(GeneError::NoAdapter {
+                    name: name.clone(),
+                    problem: "its weight is stored transposed",
+                });
+            }
+            let (shape, rank) = (module.shape(), module.rank);
+            parts.insert(
+                name.clone(),
+                Part { name: name.clone(), shape, rank, gene: None, target: true, embedding },
+            );
+        }
+        let nothing_else = parts.is_empty() && coefficients.values().all(|&value| value == 0.0);
+        for module in gene.modules().iter().filter(|module| module.class == Class::LowRank) {
+            let coefficient = coefficients.get(&module.layer).copied().unwrap_or(0.0) as f32;
+            if coefficient == 0.0 && !nothing_else {
+                continue;
+            }
+            let name = &module.name;
+            if target.is_some_and(|adapter| adapter.saved().contains_key(&format!("{name}.weight"))) {
+                return Err(GeneError::NoAdapter {
+                    name: name.clone(),
+                    problem: "the target saved it whole",
+                });
+            }
+            let part = parts.entry(name.clone()).or_insert_with(|| Part {
+                name: name.clone(),
+                shape: module.shape,
+                rank: 0,
+                gene: None,
+                target: false,
+                embedding: false,
+            });
+            part.rank += module.rank;
+            part.gene = Some(coefficient);
+        }
+        let parts: Vec<Part> = parts.into_values().collect();
+        if parts.is_empty() {
+            return Err(GeneError::EmptyAdapter);
+        }
+        Ok(Plan { parts })
+    }
+}
+
+/// What the adapter calls its base: the target's own folder; for an adapter target the name it uses, unless that is a
+/// path from its folder, which would not hold from another.
+fn base_name(target: &Checkpoint) -> Result<String> {
+    if let Some(adapter) = target.adapter() {
+        let named = &adapter.config().base_model_name_or_path;
+        let is_path = adapter.dir().join(named).is_dir() || Path::new(named).is_dir();
+        if !named.is_empty() && !is_path {
+            return Ok(named.clone());
+        }
+    }
+    let dir = target.base_dir();
+    let path = fs::canonicalize(dir).map_err(GeneError::io("read", dir))?;
+    Ok(path.to_string_lossy().into_owned())
+}
+
+fn transposed(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    let mut out = Vec::with_capacity(values.len());
+    for col in 0..cols {
+        out.extend((0..rows).map(|row| values[row * cols + col]));
+    }
+    out
+}

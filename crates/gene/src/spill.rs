@@ -1,0 +1,78 @@
+//! Values that wait on disk until the header that lists them can be written.
+//!
+//! A safetensors file begins with all shapes, and the ranks may be known only at the end; so values go to one part file
+//! first, in any order, and are copied to their place in the order of names.
+//!
+//! Not here: the final files; see `write`.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use checkpoint::{FolderWriter, ShardWriter};
+
+use crate::error::{GeneError, Result};
+
+const CHUNK_BYTES: u64 = 8 << 20;
+
+/// Where values lie in the part file.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slot {
+    start: u64,
+    bytes: u64,
+}
+
+/// The part file, inside the partial folder.
+#[derive(Debug)]
+pub(crate) struct Spill {
+    path: PathBuf,
+    file: BufWriter<File>,
+    end: u64,
+}
+
+impl Spill {
+    pub(crate) fn create(folder: &FolderWriter) -> Result<Spill> {
+        let path = folder.partial().join("values.part");
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .map_err(GeneError::io("create", &path))?;
+        Ok(Spill { path, file: BufWriter::with_capacity(1 << 20, file), end: 0 })
+    }
+
+    pub(crate) fn keep(&mut self, bytes: &[u8]) -> Result<Slot> {
+        self.file.write_all(bytes).map_err(GeneError::io("write", &self.path))?;
+        let slot = Slot { start: self.end, bytes: bytes.len() as u64 };
+        self.end += slot.bytes;
+        Ok(slot)
+    }
+
+    pub(crate) fn copy(&mut self, slot: Slot, name: &str, into: &mut ShardWriter) -> Result<()> {
+        self.file.flush().map_err(GeneError::io("write", &self.path))?;
+        let mut chunk = vec![0u8; slot.bytes.min(CHUNK_BYTES) as usize];
+        let mut done = 0;
+        while done < slot.bytes {
+            let part = &mut chunk[..(slot.bytes - done).min(CHUNK_BYTES) as usize];
+            self.file
+                .get_ref()
+                .read_exact_at(part, slot.start + done)
+                .map_err(GeneError::io("read", &self.path))?;
+            into.write(name, part)?;
+            done += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Removes the part file.
+    pub(crate) fn remove(self) -> Result<()> {
+        std::fs::remove_file(&self.path).map_err(GeneError::io("remove", &self.path))
+    }
+}
+
+/// Little-endian `f32`.
+pub(crate) fn f32_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}

@@ -1,0 +1,202 @@
+//! Matrix products, in panels of fixed size, through the `gemm` crate.
+//!
+//! The one call into that crate takes raw pointers; `multiply` checks every length before it.
+
+use rayon::prelude::*;
+
+use super::{CpuMatrix, LaneSum, PANEL};
+use crate::{Result, Shape};
+
+/// Columns of `A` in one block of a residual panel: 512 KB of f64 products.
+const RESIDUAL_COLS: usize = 512;
+/// Panels of a Gram matrix at most, so that their partial sums stay small.
+const GRAM_PANELS: usize = 16;
+
+/// `A B` or `A^T B` of fitting shapes.
+pub(super) fn gemm(a: &CpuMatrix, a_transposed: bool, b: &CpuMatrix) -> Result<CpuMatrix> {
+    let (rows, depth, n) = match a_transposed {
+        false => (a.shape.rows, a.shape.cols, b.shape.cols),
+        true => (a.shape.cols, a.shape.rows, b.shape.cols),
+    };
+    let mut out = CpuMatrix::zeros(Shape { rows, cols: n })?;
+    if out.data.is_empty() || depth == 0 {
+        return Ok(out);
+    }
+    let stride = a.shape.cols;
+    let b = View { data: &b.data, row_stride: n, col_stride: 1 };
+    out.data.par_chunks_mut(PANEL * n).enumerate().for_each(|(panel, out)| {
+        let first = panel * PANEL;
+        let a = match a_transposed {
+            false => View { data: &a.data[first * stride..], row_stride: stride, col_stride: 1 },
+            true => View { data: &a.data[first..], row_stride: 1, col_stride: stride },
+        };
+        multiply(out, (out.len() / n, n, depth), a, b);
+    });
+    Ok(out)
+}
+
+/// `Y^T Y` in f64.
+pub(super) fn gram(y: &CpuMatrix) -> Result<Vec<f64>> {
+    let (rows, l) = (y.shape.rows, y.shape.cols);
+    let mut sum = vec![0.0f64; Shape { rows: l, cols: l }.len()?];
+    if y.data.is_empty() {
+        return Ok(sum);
+    }
+    let panel_rows = PANEL * rows.div_ceil(PANEL * GRAM_PANELS);
+    let parts: Vec<Vec<f64>> = y
+        .data
+        .par_chunks(panel_rows * l)
+        .map(|panel| {
+            let mut part = vec![0.0; l * l];
+            let mut block = vec![0.0f64; l * l];
+            for rows in panel.chunks(PANEL * l) {
+                let wide: Vec<f64> = rows.iter().map(|&x| f64::from(x)).collect();
+                let depth = rows.len() / l;
+                let left = View { data: &wide, row_stride: 1, col_stride: l };
+                let right = View { data: &wide, row_stride: l, col_stride: 1 };
+                multiply(&mut block, (l, l, depth), left, right);
+                add(&mut part, &block);
+            }
+            part
+        })
+        .collect();
+    for part in &parts {
+        add(&mut sum, part);
+    }
+    for i in 0..l {
+        for j in 0..i {
+            sum[i * l + j] = sum[j * l + i];
+        }
+    }
+    Ok(sum)
+}
+
+/// `Y W` in f64, rounded once.
+pub(super) fn apply_right(y: &CpuMatrix, w: &[f64], cols: usize) -> Result<CpuMatrix> {
+    let depth = y.shape.cols;
+    let mut out = CpuMatrix::zeros(Shape { rows: y.shape.rows, cols })?;
+    if out.data.is_empty() || depth == 0 {
+        return Ok(out);
+    }
+    let w = View { data: w, row_stride: cols, col_stride: 1 };
+    out.data.par_chunks_mut(PANEL * cols).zip(y.data.par_chunks(PANEL * depth)).for_each(|(out, y)| {
+        let wide: Vec<f64> = y.iter().map(|&x| f64::from(x)).collect();
+        let mut product = vec![0.0f64; out.len()];
+        let y = View { data: &wide, row_stride: depth, col_stride: 1 };
+        multiply(&mut product, (out.len() / cols, cols, depth), y, w);
+        for (out, x) in out.iter_mut().zip(product) {
+            *out = x as f32;
+        }
+    });
+    Ok(out)
+}
+
+/// The squared Frobenius norm of `delta - B A` in f64, of fitting shapes.
+pub(super) fn residual(delta: &CpuMatrix, b: &CpuMatrix, a: &CpuMatrix) -> f64 {
+    let (n, rank) = (delta.shape.cols, b.shape.cols);
+    if delta.data.is_empty() {
+        return 0.0;
+    }
+    let a: Vec<f64> = a.data.iter().map(|&x| f64::from(x)).collect();
+    let parts: Vec<f64> = delta
+        .data
+        .par_chunks(PANEL * n)
+        .enumerate()
+        .map(|(panel, delta)| {
+            let rows = delta.len() / n;
+            let first = panel * PANEL * rank;
+            let b: Vec<f64> = b.data[first..first + rows * rank].iter().map(|&x| f64::from(x)).collect();
+            let b = View { data: &b, row_stride: rank, col_stride: 1 };
+            let mut product = vec![0.0f64; rows * RESIDUAL_COLS.min(n)];
+            let mut sum = LaneSum::default();
+            for start in (0..n).step_by(RESIDUAL_COLS) {
+                let width = RESIDUAL_COLS.min(n - start);
+                let product = &mut product[..rows * width];
+                if rank > 0 {
+                    let a = View { data: &a[start..], row_stride: n, col_stride: 1 };
+                    multiply(product, (rows, width, rank), b, a);
+                }
+                for (row, product) in product.chunks(width).enumerate() {
+                    let delta = &delta[row * n + start..][..width];
+                    sum.extend(width, |j| {
+                        let rest = f64::from(delta[j]) - product[j];
+                        rest * rest
+                    });
+                }
+            }
+            sum.total()
+        })
+        .collect();
+    parts.iter().sum()
+}
+
+fn add(sum: &mut [f64], part: &[f64]) {
+    for (sum, x) in sum.iter_mut().zip(part) {
+        *sum += x;
+    }
+}
+
+/// A matrix inside a slice, by its strides in elements.
+#[derive(Clone, Copy)]
+struct View<'a, T> {
+    data: &'a [T],
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<T> View<'_, T> {
+    /// Whether every element of a `rows` x `cols` matrix lies inside the slice.
+    fn holds(&self, rows: usize, cols: usize) -> bool {
+        let last = |n: usize, stride: usize| n.checked_sub(1).and_then(|n| n.checked_mul(stride));
+        match (last(rows, self.row_stride), last(cols, self.col_stride)) {
+            (Some(row), Some(col)) => row.checked_add(col).is_some_and(|last| last < self.data.len()),
+            _ => false,
+        }
+    }
+}
+
+/// The two types that `multiply` may be given: gemm has kernels for both.
+trait Scalar: Copy + From<u8> + 'static {}
+impl Scalar for f32 {}
+impl Scalar for f64 {}
+
+/// `out = left * right`, `out` row-major with `m` rows and `n` columns, summed over `depth`; one thread.
+fn multiply<T: Scalar>(
+    out: &mut [T],
+    (m, n, depth): (usize, usize, usize),
+    left: View<'_, T>,
+    right: View<'_, T>,
+) {
+    assert!(m.checked_mul(n) == Some(out.len()), "{m}x{n} product into {} elements", out.len());
+    assert!(left.holds(m, depth) && right.holds(depth, n), "{m}x{depth} by {depth}x{n} past its operands");
+    // SAFETY:
+    // - `out` is a unique borrow of exactly m * n elements (first assert), so every write (i, j) -> i * n + j with
+    //   i < m, j < n lies inside it and overlaps neither operand, which are shared borrows;
+    // - `holds` (second assert) bounds the largest index read from each operand, and strides are not negative;
+    // - strides are below a slice length, hence below `isize::MAX`, so the casts keep their value;
+    // - `T` is f32 or f64 (`Scalar` is private to this file), types that gemm has kernels for;
+    // - `read_dst` is false: the old contents of `out`, which are initialised anyway, are not used.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            depth,
+            out.as_mut_ptr(),
+            1,
+            n as isize,
+            false,
+            left.data.as_ptr(),
+            left.col_stride as isize,
+            left.row_stride as isize,
+            right.data.as_ptr(),
+            right.col_stride as isize,
+            right.row_stride as isize,
+            T::from(0),
+            T::from(1),
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}

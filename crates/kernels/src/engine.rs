@@ -1,0 +1,89 @@
+//! The operations that an engine offers.
+//!
+//! Operands are handles that stay where the engine keeps them; what comes back to the host is small (l x l matrices,
+//! sums) or is asked for by name (`read`, `pack`, the fused weights). Matrices are f32 and row-major.
+//!
+//! A call may queue its work; whatever comes back to the host is complete when the call returns.
+
+use crate::{Dtype, Result, Shape};
+
+/// What one pass over a pair of weights finds out.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct DeltaStats {
+    /// Sum of the squared differences.
+    pub sumsq: f64,
+    /// Sum of the squared units in the last place of the degraded weights, in their own format.
+    pub ulp_sumsq: f64,
+    /// The largest difference in absolute value.
+    pub max_abs: f32,
+    /// Elements that differ.
+    pub nonzero: u64,
+    /// Elements.
+    pub elements: u64,
+}
+
+/// What an addition to weights did to them.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct AddStats {
+    /// Elements whose stored value is another one now.
+    pub changed: u64,
+    /// Sum of the squares of what was to be added.
+    pub intended_sumsq: f64,
+    /// Sum of the squares of what was added once rounded.
+    pub realised_sumsq: f64,
+}
+
+/// Arithmetic on weights, on one kind of device.
+pub trait Engine: Send + Sync {
+    /// Weights as they are stored.
+    type Raw: Send + Sync;
+    /// An f32 matrix, row-major.
+    type Matrix: Send + Sync;
+
+    /// What people call this engine.
+    fn name(&self) -> String;
+
+    /// Takes stored weights over; the length is checked against `shape`.
+    fn raw(&self, bytes: &[u8], dtype: Dtype, shape: Shape) -> Result<Self::Raw>;
+
+    /// Takes a matrix over; the length is checked against `shape`.
+    fn matrix(&self, data: &[f32], shape: Shape) -> Result<Self::Matrix>;
+
+    /// Hands a matrix back.
+    fn read(&self, matrix: &Self::Matrix) -> Result<Vec<f32>>;
+
+    /// The shape of a matrix.
+    fn shape(&self, matrix: &Self::Matrix) -> Shape;
+
+    /// `aligned - degraded`, rounded once to f32, and its sums. A NaN or Inf on either side is an error.
+    fn delta(&self, aligned: &Self::Raw, degraded: &Self::Raw) -> Result<(Self::Matrix, DeltaStats)>;
+
+    /// The random integers of [`sketch_entry`](crate::sketch_entry); neither side of `shape` may pass `u32::MAX`.
+    fn sketch(&self, shape: Shape, seed: u64, key: u64) -> Result<Self::Matrix>;
+
+    /// `A B`, or `A^T B`, in f32.
+    fn gemm(&self, a: &Self::Matrix, a_transposed: bool, b: &Self::Matrix) -> Result<Self::Matrix>;
+
+    /// `Y^T Y` with products and sums in f64, row-major; exactly symmetric.
+    fn gram(&self, y: &Self::Matrix) -> Result<Vec<f64>>;
+
+    /// `Y W` with products and sums in f64, rounded once to f32; `w` is row-major with `cols` columns.
+    fn apply_right(&self, y: &Self::Matrix, w: &[f64], cols: usize) -> Result<Self::Matrix>;
+
+    /// The sum of the squares of `delta - B A`, all in f64.
+    fn residual(&self, delta: &Self::Matrix, b: &Self::Matrix, a: &Self::Matrix) -> Result<f64>;
+
+    /// Adds `c_1 B_1 A_1 + c_2 B_2 A_2 + ...` to stored weights, with one rounding to their format.
+    ///
+    /// An element is `round(f32(w) + s)`, where `s` is the chain `s = fma(c B[i,k], A[k,j], s)` from 0 over ascending
+    /// `k` through all terms, and `c B[i,k]` is rounded once to f32 (f64 weights are added in f64). Where `s` is 0 the
+    /// stored bits are kept. Bit for bit the same on every engine. A sum beyond the format's range is an error.
+    fn add_low_rank(
+        &self,
+        w: &Self::Raw,
+        terms: &[(f32, &Self::Matrix, &Self::Matrix)],
+    ) -> Result<(Vec<u8>, AddStats)>;
+
+    /// A matrix in `dtype`, little-endian, rounded to nearest even. A value beyond the range is an error.
+    fn pack(&self, matrix: &Self::Matrix, dtype: Dtype) -> Result<Vec<u8>>;
+}
