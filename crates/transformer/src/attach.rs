@@ -1,0 +1,163 @@
+//! Low-rank attachments: what a fine-tune or a gene adds to the linear modules of a model.
+
+use candle_core::{Device, Tensor};
+
+/// The seven linear modules of a decoder block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ModuleKind {
+    /// Query projection.
+    Q,
+    /// Key projection.
+    K,
+    /// Value projection.
+    V,
+    /// Output projection of attention.
+    O,
+    /// Gate of the feed-forward block.
+    Gate,
+    /// Up projection.
+    Up,
+    /// Down projection.
+    Down,
+}
+
+impl ModuleKind {
+    /// All of them, in the order of the forward pass.
+    pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+
+    /// Path inside the block, as in checkpoints.
+    pub fn path(self) -> &'static str {
+        match self {
+            Self::Q => "self_attn.q_proj",
+            Self::K => "self_attn.k_proj",
+            Self::V => "self_attn.v_proj",
+            Self::O => "self_attn.o_proj",
+            Self::Gate => "mlp.gate_proj",
+            Self::Up => "mlp.up_proj",
+            Self::Down => "mlp.down_proj",
+        }
+    }
+
+    /// Full module name, e.g. `model.layers.3.mlp.up_proj`.
+    pub fn module(self, layer: usize) -> String {
+        format!("model.layers.{layer}.{}", self.path())
+    }
+
+    /// Layer and kind of a module name.
+    pub fn parse(module: &str) -> Option<(usize, Self)> {
+        let rest = module.strip_prefix("model.layers.")?;
+        let (layer, path) = rest.split_once('.')?;
+        let kind = Self::ALL.into_iter().find(|k| k.path() == path)?;
+        Some((layer.parse().ok()?, kind))
+    }
+}
+
+/// One addition `s · B A` to one module.
+#[derive(Debug, Clone)]
+pub struct Attachment {
+    /// `[rank, in]`, f32.
+    pub a: Tensor,
+    /// `[out, rank]`, f32.
+    pub b: Tensor,
+    /// `[1]`, f32; shared by the modules of a layer when it is that layer's coefficient.
+    pub scale: Tensor,
+}
+
+/// The 1-D weights of a decoder block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum VectorKind {
+    /// RMS norm before attention.
+    AttentionNorm,
+    /// RMS norm before the feed-forward block.
+    MlpNorm,
+    /// Bias of a linear module.
+    Bias(ModuleKind),
+}
+
+impl VectorKind {
+    /// Layer and kind of a tensor name, e.g. `model.layers.3.self_attn.q_proj.bias`.
+    pub fn parse(tensor: &str) -> Option<(usize, Self)> {
+        if let Some(module) = tensor.strip_suffix(".bias") {
+            return ModuleKind::parse(module).map(|(layer, kind)| (layer, Self::Bias(kind)));
+        }
+        let (layer, path) = tensor.strip_prefix("model.layers.")?.split_once('.')?;
+        let kind = match path {
+            "input_layernorm.weight" => Self::AttentionNorm,
+            "post_attention_layernorm.weight" => Self::MlpNorm,
+            _ => return None,
+        };
+        Some((layer.parse().ok()?, kind))
+    }
+}
+
+/// Additions to the weights of a model, by layer. Cheap to clone: tensors are shared.
+#[derive(Debug, Clone, Default)]
+pub struct Attachments {
+    layers: Vec<[Vec<Attachment>; 7]>,
+    vectors: Vec<(usize, VectorKind, Tensor, Tensor)>,
+}
+
+impl Attachments {
+    /// Nothing attached.
+    pub fn none() -> Self {
+        Self::default()
+    }
+
+    /// Adds `attachment` to one module.
+    pub fn add(&mut self, layer: usize, kind: ModuleKind, attachment: Attachment) {
+        while self.layers.len() <= layer {
+            self.layers.push(Default::default());
+        }
+        self.layers[layer][kind as usize].push(attachment);
+    }
+
+    /// Adds fixed factors: `b` is `[out, rank]`, `a` is `[rank, in]`, both row-major.
+    pub fn add_fixed(
+        &mut self,
+        layer: usize,
+        kind: ModuleKind,
+        (b, a): (&[f32], &[f32]),
+        rank: usize,
+        scale: f32,
+    ) -> candle_core::Result<()> {
+        let dev = &Device::Cpu;
+        let attachment = Attachment {
+            a: Tensor::from_slice(a, (rank, a.len() / rank.max(1)), dev)?,
+            b: Tensor::from_slice(b, (b.len() / rank.max(1), rank), dev)?,
+            scale: Tensor::from_slice(&[scale], 1, dev)?,
+        };
+        self.add(layer, kind, attachment);
+        Ok(())
+    }
+
+    /// Adds `scale · delta` to a 1-D weight; `scale` has shape `[1]`.
+    pub fn add_vector(&mut self, layer: usize, kind: VectorKind, delta: Tensor, scale: Tensor) {
+        self.vectors.push((layer, kind, delta, scale));
+    }
+
+    /// A 1-D weight with what is attached to it.
+    pub fn vector(&self, layer: usize, kind: VectorKind, weight: &Tensor) -> candle_core::Result<Tensor> {
+        let mut out = weight.clone();
+        for (_, _, delta, scale) in self.vectors.iter().filter(|v| v.0 == layer && v.1 == kind) {
+            out = (out + delta.broadcast_mul(scale)?)?;
+        }
+        Ok(out)
+    }
+
+    /// All additions of `other` as well.
+    pub fn extend(&mut self, other: &Attachments) {
+        for (layer, modules) in other.layers.iter().enumerate() {
+            for (kind, list) in ModuleKind::ALL.into_iter().zip(modules) {
+                for attachment in list {
+                    self.add(layer, kind, attachment.clone());
+                }
+            }
+        }
+        self.vectors.extend(other.vectors.iter().cloned());
+    }
+
+    /// What is attached to one module.
+    pub fn get(&self, layer: usize, kind: ModuleKind) -> &[Attachment] {
+        self.layers.get(layer).map_or(&[], |l| &l[kind as usize])
+    }
+}

@@ -1,0 +1,84 @@
+//! Losses over answer positions: what a prompt's answer costs, and how far a model has moved.
+//!
+//! Both are means over the tokens of a row, then over rows (nat per token).
+
+use crate::attach::Attachments;
+use crate::error::ModelError;
+use crate::model::{Batch, Model};
+use crate::ops;
+use candle_core::Tensor;
+use std::sync::Arc;
+
+/// One prompt with its answer, as token ids.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Row {
+    /// The rendered prompt.
+    pub prompt: Vec<u32>,
+    /// The answer, closed with the end-of-turn token.
+    pub answer: Vec<u32>,
+}
+
+/// Rows laid out for one forward pass.
+#[derive(Debug, Clone)]
+pub struct AnswerBatch {
+    batch: Batch,
+    predictors: Vec<u32>,
+    targets: Arc<Vec<u32>>,
+    weights: Arc<Vec<f32>>,
+}
+
+impl AnswerBatch {
+    /// Pads `rows` behind with `pad`. Rows must have a prompt and an answer.
+    pub fn new(rows: &[Row], pad: u32) -> Self {
+        let full: Vec<Vec<u32>> =
+            rows.iter().map(|r| r.prompt.iter().chain(&r.answer).copied().collect()).collect();
+        let batch = Batch::pad_behind(&full, pad);
+        let (mut predictors, mut targets, mut weights) = (Vec::new(), Vec::new(), Vec::new());
+        for (i, row) in rows.iter().enumerate() {
+            let first = i * batch.tokens + row.prompt.len() - 1;
+            let weight = 1.0 / (row.answer.len() as f64 * rows.len() as f64);
+            for (k, &id) in row.answer.iter().enumerate() {
+                predictors.push((first + k) as u32);
+                targets.push(id);
+                weights.push(weight as f32);
+            }
+        }
+        Self { batch, predictors, targets: Arc::new(targets), weights: Arc::new(weights) }
+    }
+
+    /// Logits `[answer tokens, vocab]` at the positions that predict an answer token.
+    pub fn logits(&self, model: &Model, attachments: &Attachments) -> Result<Tensor, ModelError> {
+        let hidden = model.hidden(&self.batch, attachments, None, None)?;
+        model.logits(&hidden, &self.predictors)
+    }
+
+    /// Mean over rows of the mean over answer tokens of −log p, shape `[1]`.
+    pub fn cross_entropy(&self, model: &Model, attachments: &Attachments) -> Result<Tensor, ModelError> {
+        let logits = self.logits(model, attachments)?;
+        Ok(ops::cross_entropy(&logits, self.targets.clone(), self.weights.clone())?)
+    }
+
+    /// Log-probabilities `[answer tokens, vocab]` of a model, to measure divergence from.
+    pub fn reference(&self, model: &Model, attachments: &Attachments) -> Result<Arc<Vec<f32>>, ModelError> {
+        let logits = self.logits(model, attachments)?.detach();
+        let vocab = logits.dim(1)?;
+        let mut logp = logits.flatten_all()?.to_vec1::<f32>()?;
+        let mut out = vec![0f32; vocab];
+        for row in logp.chunks_mut(vocab) {
+            ops::log_softmax(row, &mut out);
+            row.copy_from_slice(&out);
+        }
+        Ok(Arc::new(logp))
+    }
+
+    /// Mean over rows of the mean over answer tokens of KL(reference ‖ model), shape `[1]`.
+    pub fn kl(
+        &self,
+        model: &Model,
+        attachments: &Attachments,
+        reference: &Arc<Vec<f32>>,
+    ) -> Result<Tensor, ModelError> {
+        let logits = self.logits(model, attachments)?;
+        Ok(ops::kl(&logits, reference.clone(), self.weights.clone())?)
+    }
+}

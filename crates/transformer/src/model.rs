@@ -1,0 +1,304 @@
+//! The decoder: embedding, blocks (RMS norm, attention with RoPE, SwiGLU), final norm, head.
+//!
+//! Activations are f32, `[rows * tokens, width]`. Weights are frozen unless the model was built with
+//! [`Model::trainable`].
+
+use crate::architecture::Architecture;
+use crate::attach::{Attachments, ModuleKind, VectorKind};
+use crate::error::ModelError;
+use crate::ops::{self, RopeTable};
+use candle_core::{D, Device, Tensor, Var};
+use std::sync::Arc;
+
+/// Where weights come from, by checkpoint name.
+pub trait WeightSource {
+    /// Shape and values (row-major, f32) of one tensor.
+    fn read(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), ModelError>;
+}
+
+impl WeightSource for checkpoint::Checkpoint {
+    fn read(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), ModelError> {
+        let values = self.read_f32(name)?;
+        let shape = self
+            .tensors()
+            .iter()
+            .find(|t| t.name == name)
+            .map(|t| t.shape.iter().map(|&d| d as usize).collect())
+            .unwrap_or_else(|| vec![values.len()]);
+        Ok((shape, values))
+    }
+}
+
+/// Token ids of several rows of one length.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// `rows * tokens` ids, row-major.
+    pub ids: Vec<u32>,
+    /// Tokens in a row, padding included.
+    pub tokens: usize,
+    /// Per row, how many padding tokens stand in front (0 where padding follows).
+    pub starts: Arc<Vec<u32>>,
+}
+
+impl Batch {
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.starts.len()
+    }
+
+    /// Rows padded behind; a causal model never lets what follows change what stands before.
+    pub fn pad_behind(rows: &[Vec<u32>], pad: u32) -> Self {
+        let tokens = rows.iter().map(Vec::len).max().unwrap_or(0);
+        let ids = rows
+            .iter()
+            .flat_map(|r| r.iter().copied().chain(std::iter::repeat_n(pad, tokens - r.len())))
+            .collect();
+        Self { ids, tokens, starts: Arc::new(vec![0; rows.len()]) }
+    }
+
+    /// Rows padded in front, so that all end at the same place.
+    pub fn pad_front(rows: &[Vec<u32>], pad: u32) -> Self {
+        let tokens = rows.iter().map(Vec::len).max().unwrap_or(0);
+        let ids = rows
+            .iter()
+            .flat_map(|r| std::iter::repeat_n(pad, tokens - r.len()).chain(r.iter().copied()))
+            .collect();
+        Self { ids, tokens, starts: Arc::new(rows.iter().map(|r| (tokens - r.len()) as u32).collect()) }
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Linear {
+    w: Tensor,
+    bias: Option<Tensor>,
+}
+
+#[derive(Debug, Clone)]
+struct Block {
+    linears: [Linear; 7],
+    attention_norm: Tensor,
+    mlp_norm: Tensor,
+}
+
+/// What each block adds to the residual stream: its own output, `[rows * tokens, hidden]`, by layer.
+#[derive(Debug, Default)]
+pub struct Taps {
+    /// Block output minus block input.
+    pub outputs: Vec<Tensor>,
+    /// Block input.
+    pub inputs: Vec<Tensor>,
+}
+
+/// Keys and values of what was already read, by layer: `[rows, tokens, kv_heads, head_dim]`.
+#[derive(Debug, Default)]
+pub struct Cache {
+    layers: Vec<(Tensor, Tensor)>,
+    tokens: usize,
+}
+
+/// A decoder with its weights.
+#[derive(Debug, Clone)]
+pub struct Model {
+    architecture: Architecture,
+    embedding: Tensor,
+    blocks: Vec<Block>,
+    norm: Tensor,
+    head: Option<Tensor>,
+    rope: RopeTable,
+    variables: Option<Vec<(String, Var)>>,
+}
+
+/// Positions for which rotary angles are kept; far beyond any prompt this tool runs on a CPU.
+const POSITIONS: usize = 8192;
+
+impl Model {
+    /// A frozen model.
+    pub fn new(architecture: Architecture, source: &dyn WeightSource) -> Result<Self, ModelError> {
+        Self::build(architecture, source, false)
+    }
+
+    /// A model whose weights are variables: see [`Model::variables`].
+    pub fn trainable(architecture: Architecture, source: &dyn WeightSource) -> Result<Self, ModelError> {
+        Self::build(architecture, source, true)
+    }
+
+    /// Opens a model folder, or an adapter over its base with the adapter added to the weights.
+    pub fn open(checkpoint: &checkpoint::Checkpoint) -> Result<Self, ModelError> {
+        Self::new(Architecture::from_config(&checkpoint.config().raw)?, checkpoint)
+    }
+
+    fn build(a: Architecture, source: &dyn WeightSource, trainable: bool) -> Result<Self, ModelError> {
+        let mut variables = Vec::new();
+        let mut get = |name: String, need: &[usize]| -> Result<Tensor, ModelError> {
+            let (found, values) = source.read(&name)?;
+            if found != need {
+                return Err(ModelError::Shape { tensor: name, need: need.to_vec(), found });
+            }
+            let t = Tensor::from_vec(values, need, &Device::Cpu)?;
+            if !trainable {
+                return Ok(t);
+            }
+            let var = Var::from_tensor(&t)?;
+            let t = var.as_tensor().clone();
+            variables.push((name, var));
+            Ok(t)
+        };
+        let (h, q, kv) = (a.hidden, a.heads * a.head_dim, a.kv_heads * a.head_dim);
+        let embedding = get("model.embed_tokens.weight".into(), &[a.vocab, h])?;
+        let mut blocks = Vec::with_capacity(a.layers);
+        for layer in 0..a.layers {
+            let mut linears = Vec::with_capacity(7);
+            for kind in ModuleKind::ALL {
+                let (out, inn, bias) = match kind {
+                    ModuleKind::Q => (q, h, a.qkv_bias),
+                    ModuleKind::K | ModuleKind::V => (kv, h, a.qkv_bias),
+                    ModuleKind::O => (h, q, a.o_bias),
+                    ModuleKind::Gate | ModuleKind::Up => (a.ffn, h, a.mlp_bias),
+                    ModuleKind::Down => (h, a.ffn, a.mlp_bias),
+                };
+                let module = kind.module(layer);
+                let w = get(format!("{module}.weight"), &[out, inn])?;
+                let bias = if bias { Some(get(format!("{module}.bias"), &[out])?) } else { None };
+                linears.push(Linear { w, bias });
+            }
+            let attention_norm = get(format!("model.layers.{layer}.input_layernorm.weight"), &[h])?;
+            let mlp_norm = get(format!("model.layers.{layer}.post_attention_layernorm.weight"), &[h])?;
+            let linears: [Linear; 7] = linears
+                .try_into()
+                .map_err(|_| ModelError::Config { key: "layers".into(), problem: "lost a module".into() })?;
+            blocks.push(Block { linears, attention_norm, mlp_norm });
+        }
+        let norm = get("model.norm.weight".into(), &[h])?;
+        let head = if a.tied { None } else { Some(get("lm_head.weight".into(), &[a.vocab, h])?) };
+        let rope = RopeTable::new(&a.rope_frequencies(), POSITIONS);
+        Ok(Self {
+            architecture: a,
+            embedding,
+            blocks,
+            norm,
+            head,
+            rope,
+            variables: trainable.then_some(variables),
+        })
+    }
+
+    /// The decoder's sizes.
+    pub fn architecture(&self) -> &Architecture {
+        &self.architecture
+    }
+
+    /// Names and variables of a trainable model; empty when frozen.
+    pub fn variables(&self) -> &[(String, Var)] {
+        self.variables.as_deref().unwrap_or(&[])
+    }
+
+    fn product(&self, x: &Tensor, w: &Tensor) -> candle_core::Result<Tensor> {
+        if self.variables.is_some() { x.matmul(&w.t()?) } else { ops::frozen_linear(x, w) }
+    }
+
+    fn linear(
+        &self,
+        x: &Tensor,
+        layer: usize,
+        kind: ModuleKind,
+        attachments: &Attachments,
+    ) -> candle_core::Result<Tensor> {
+        let linear = &self.blocks[layer].linears[kind as usize];
+        let mut y = self.product(x, &linear.w)?;
+        if let Some(bias) = &linear.bias {
+            y = y.broadcast_add(&attachments.vector(layer, VectorKind::Bias(kind), bias)?)?;
+        }
+        for at in attachments.get(layer, kind) {
+            let times = |x: &Tensor, w: &Tensor| {
+                if w.is_variable() { x.matmul(&w.t()?) } else { ops::frozen_linear(x, w) }
+            };
+            // The scale goes on the narrow side: rank columns, not `out` ones.
+            let narrow = times(x, &at.a)?.broadcast_mul(&at.scale)?;
+            y = (y + times(&narrow, &at.b)?)?;
+        }
+        Ok(y)
+    }
+
+    /// Hidden states after the final norm, `[rows * tokens, hidden]`.
+    pub fn hidden(
+        &self,
+        batch: &Batch,
+        attachments: &Attachments,
+        mut cache: Option<&mut Cache>,
+        mut taps: Option<&mut Taps>,
+    ) -> Result<Tensor, ModelError> {
+        let a = &self.architecture;
+        let (rows, tokens) = (batch.rows(), batch.tokens);
+        let past = cache.as_ref().map_or(0, |c| c.tokens);
+        let positions: Arc<Vec<u32>> = Arc::new(
+            batch
+                .starts
+                .iter()
+                .flat_map(|&s| (0..tokens).map(move |t| ((past + t) as u32).saturating_sub(s)))
+                .collect(),
+        );
+        if past + tokens > self.rope.len() {
+            return Err(ModelError::Config {
+                key: "prompt".into(),
+                problem: format!("has {} tokens, this decoder reads at most {}", past + tokens, self.rope.len()),
+            });
+        }
+        let ids = Tensor::from_slice(&batch.ids, rows * tokens, &Device::Cpu)?;
+        let mut x = self.embedding.index_select(&ids, 0)?;
+        if self.variables.is_none() {
+            x = x.detach();
+        }
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let input = x.clone();
+            let lin = |x: &Tensor, kind| self.linear(x, layer, kind, attachments);
+            let norm = attachments.vector(layer, VectorKind::AttentionNorm, &block.attention_norm)?;
+            let h = ops::rms_norm(&x, &norm, a.rms_eps)?;
+            let heads = |t: Tensor, n: usize| t.reshape((rows, tokens, n, a.head_dim));
+            let q = heads(lin(&h, ModuleKind::Q)?, a.heads)?;
+            let k = heads(lin(&h, ModuleKind::K)?, a.kv_heads)?;
+            let mut v = heads(lin(&h, ModuleKind::V)?, a.kv_heads)?;
+            let q = ops::rope(&q, &self.rope, &positions)?;
+            let mut k = ops::rope(&k, &self.rope, &positions)?;
+            if let Some(cache) = cache.as_deref_mut() {
+                if let Some((old_k, old_v)) = cache.layers.get(layer) {
+                    k = Tensor::cat(&[old_k, &k], 1)?;
+                    v = Tensor::cat(&[old_v, &v], 1)?;
+                    cache.layers[layer] = (k.clone(), v.clone());
+                } else {
+                    cache.layers.push((k.clone(), v.clone()));
+                }
+            }
+            let mixed = ops::attention(&q, &k, &v, &batch.starts)?.reshape((rows * tokens, a.heads * a.head_dim))?;
+            x = (x + lin(&mixed, ModuleKind::O)?)?;
+            let norm = attachments.vector(layer, VectorKind::MlpNorm, &block.mlp_norm)?;
+            let h = ops::rms_norm(&x, &norm, a.rms_eps)?;
+            let inner = ops::swiglu(&lin(&h, ModuleKind::Gate)?, &lin(&h, ModuleKind::Up)?)?;
+            x = (x + lin(&inner, ModuleKind::Down)?)?;
+            if let Some(taps) = taps.as_deref_mut() {
+                taps.outputs.push((&x - &input)?);
+                taps.inputs.push(input);
+            }
+        }
+        if let Some(cache) = cache {
+            cache.tokens += tokens;
+        }
+        Ok(ops::rms_norm(&x, &self.norm, a.rms_eps)?)
+    }
+
+    /// Logits `[n, vocab]` of chosen rows of `hidden`.
+    pub fn logits(&self, hidden: &Tensor, rows: &[u32]) -> Result<Tensor, ModelError> {
+        let rows = Tensor::from_slice(rows, rows.len(), &Device::Cpu)?;
+        let h = hidden.index_select(&rows, 0)?;
+        Ok(self.product(&h, self.head.as_ref().unwrap_or(&self.embedding))?)
+    }
+
+    /// Logits `[n, vocab]` of every position.
+    pub fn all_logits(&self, hidden: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(self.product(hidden, self.head.as_ref().unwrap_or(&self.embedding))?)
+    }
+
+    /// Ids with the largest logit, for rows of `[n, vocab]`; ties go to the smaller id.
+    pub fn greedy(logits: &Tensor) -> Result<Vec<u32>, ModelError> {
+        Ok(logits.argmax(D::Minus1)?.to_vec1::<u32>()?)
+    }
+}
