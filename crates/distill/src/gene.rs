@@ -1,0 +1,83 @@
+//! How a gene hangs on a model: one scalar a layer.
+
+use candle_core::{Device, Tensor};
+use std::collections::BTreeMap;
+use transformer::{Attachment, Attachments, ModelError, ModuleKind, VectorKind};
+
+/// A gene's factors as tensors, layer by layer, ready to be attached with any coefficients.
+#[derive(Debug, Clone, Default)]
+pub struct GeneAttachments {
+    modules: Vec<(usize, ModuleKind, Tensor, Tensor)>,
+    vectors: Vec<(usize, VectorKind, Tensor)>,
+    layers: Vec<u32>,
+}
+
+impl GeneAttachments {
+    /// All low-rank modules of `gene`, and the norms and biases of its layers.
+    ///
+    /// An error when the gene holds a module or a layer's tensor that this decoder does not have.
+    pub fn new(gene: &gene::Gene) -> Result<Self, crate::CalibrationError> {
+        let mut out = Self { layers: gene.layers(), ..Self::default() };
+        for module in gene.modules() {
+            if module.class != gene::Class::LowRank {
+                continue;
+            }
+            let unknown = || ModelError::Unsupported {
+                model_type: gene.manifest().family.model_type.clone(),
+                reason: format!("module `{}` is not one this decoder has", module.name),
+            };
+            let (layer, kind) = ModuleKind::parse(&module.name).ok_or_else(unknown)?;
+            let f = gene.factors(&module.name)?;
+            let scale = f.scale as f32;
+            let b: Vec<f32> = f.b.iter().map(|x| x * scale).collect();
+            let b = Tensor::from_vec(b, (f.rows, f.rank), &Device::Cpu).map_err(ModelError::from)?;
+            let a = Tensor::from_vec(f.a, (f.rank, f.cols), &Device::Cpu).map_err(ModelError::from)?;
+            out.modules.push((layer, kind, b, a));
+        }
+        for entry in gene.rest() {
+            // What belongs to no layer has no coefficient; what was left out has no values.
+            if entry.layer.is_none() || entry.class != gene::Class::Full {
+                continue;
+            }
+            let (layer, kind) = VectorKind::parse(&entry.name).ok_or_else(|| ModelError::Unsupported {
+                model_type: gene.manifest().family.model_type.clone(),
+                reason: format!("tensor `{}` is not one this decoder has", entry.name),
+            })?;
+            if let gene::RestDelta::Full(delta) = gene.rest_delta(&entry.name)? {
+                let n = delta.len();
+                out.vectors.push((layer, kind, Tensor::from_vec(delta, n, &Device::Cpu).map_err(ModelError::from)?));
+            }
+        }
+        Ok(out)
+    }
+
+    /// Layers that have a coefficient, ascending.
+    pub fn layers(&self) -> &[u32] {
+        &self.layers
+    }
+
+    /// Attachments whose scales are the given one-element tensors, one for each of [`Self::layers`].
+    pub fn attach(&self, scales: &BTreeMap<u32, Tensor>) -> Attachments {
+        let mut out = Attachments::none();
+        for (layer, kind, b, a) in &self.modules {
+            if let Some(scale) = scales.get(&(*layer as u32)) {
+                out.add(*layer, *kind, Attachment { a: a.clone(), b: b.clone(), scale: scale.clone() });
+            }
+        }
+        for (layer, kind, delta) in &self.vectors {
+            if let Some(scale) = scales.get(&(*layer as u32)) {
+                out.add_vector(*layer, *kind, delta.clone(), scale.clone());
+            }
+        }
+        out
+    }
+
+    /// Attachments at fixed coefficients; a layer that is not named has coefficient 0.
+    pub fn at(&self, coefficients: &BTreeMap<u32, f64>) -> Result<Attachments, ModelError> {
+        let mut scales = BTreeMap::new();
+        for (&layer, &c) in coefficients {
+            scales.insert(layer, Tensor::from_slice(&[c as f32], 1, &Device::Cpu)?);
+        }
+        Ok(self.attach(&scales))
+    }
+}

@@ -1,0 +1,16 @@
+//! Stages that run models: so far, calibration of a gene's coefficients in a target.
+//!
+//! | file | question |
+//! |---|---|
+//! | `sqp.rs` | what is the best point of a few smooth functions over a box? |
+//! | `gene.rs` | how does a gene hang on a model? |
+//! | `calibrate.rs` | which coefficients does a target need? |
+//!
+//! Not here: files, printing, choosing shots.
+
+pub mod calibrate;
+pub mod gene;
+pub mod sqp;
+
+pub use calibrate::{Calibration, CalibrationError, Goal, Limits, Shots, calibrate, check_safety_shots};
+pub use gene::GeneAttachments;
