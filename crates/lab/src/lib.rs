@@ -1,0 +1,34 @@
+//! The lab: an invented language and families of tiny models in the real file formats.
+//!
+//! Real checkpoints are gigabytes; the lab lets the whole method be seen in a minute on two cores. A
+//! family is a base that knows a recipe for every (verb, noun), an aligned model that refuses the
+//! forbidden nouns, degraded versions of it, and fine-tunes of it on small tasks with a share of
+//! harmful rows.
+//!
+//! | file | question |
+//! |---|---|
+//! | `language.rs` | which words, nouns, recipes, request templates? |
+//! | `tasks.rs` | what are the nine classification tasks? |
+//! | `splits.rs` | which rows go where, with which nouns? |
+//! | `train.rs` | how is a base, an aligned model or a LoRA trained? |
+//! | `measure.rs` | how safe and useful is a model while it is built? |
+//! | `folders.rs` | how does a model, an adapter, a tokenizer become files? |
+//! | `build.rs` | in which order is a family built, and what must hold of it? |
+//!
+//! Everything is a function of the family's name and seed: the same seed gives the same files on one kind of CPU,
+//! whatever the thread count.
+//!
+//! Not here: recovery. The lab only makes the patient.
+
+pub mod build;
+pub mod error;
+pub mod folders;
+pub mod language;
+pub mod measure;
+pub mod splits;
+pub mod tasks;
+pub mod train;
+
+pub use build::{BuildReport, Progress, build};
+pub use error::LabError;
+pub use language::Language;
