@@ -1,0 +1,34 @@
+//! `safegene`: arguments, progress, reports, exit codes. The only crate that prints or reads the environment.
+//!
+//! | exit | meaning |
+//! |---|---|
+//! | 0 | done |
+//! | 1 | the answer is no (a gate or a verification failed) |
+//! | 2 | usage |
+//! | 3 | an input is invalid (do not retry) |
+//! | 75 | interrupted or temporary (retry) |
+
+mod args;
+mod commands;
+mod fail;
+mod ui;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
+        // candle's own pool spins while it waits; rayon's threads do the work here.
+        // SAFETY: nothing has been started yet, so no other thread reads or writes the environment.
+        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+    }
+    let args = args::Args::parse();
+    let ui = ui::Ui::new(args.quiet);
+    match commands::run(args, &ui) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            ui.failure(&failure);
+            ExitCode::from(failure.code as u8)
+        }
+    }
+}

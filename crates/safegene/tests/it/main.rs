@@ -1,0 +1,3 @@
+//! The house, and the program as a user meets it.
+
+mod house;
