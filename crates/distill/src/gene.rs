@@ -1,7 +1,7 @@
 //! How a gene hangs on a model: one scalar a layer.
 
 use candle_core::{Device, Tensor};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use transformer::{Attachment, Attachments, ModelError, ModuleKind, VectorKind};
 
 /// A gene's factors as tensors, layer by layer, ready to be attached with any coefficients.
@@ -17,7 +17,7 @@ impl GeneAttachments {
     ///
     /// An error when the gene holds a module or a layer's tensor that this decoder does not have.
     pub fn new(gene: &gene::Gene) -> Result<Self, crate::CalibrationError> {
-        let mut out = Self { layers: gene.layers(), ..Self::default() };
+        let mut modules = Vec::new();
         for module in gene.modules() {
             if module.class != gene::Class::LowRank {
                 continue;
@@ -32,8 +32,9 @@ impl GeneAttachments {
             let b: Vec<f32> = f.b.iter().map(|x| x * scale).collect();
             let b = Tensor::from_vec(b, (f.rows, f.rank), &Device::Cpu).map_err(ModelError::from)?;
             let a = Tensor::from_vec(f.a, (f.rank, f.cols), &Device::Cpu).map_err(ModelError::from)?;
-            out.modules.push((layer, kind, b, a));
+            modules.push((layer, kind, b, a));
         }
+        let mut out = Self { layers: gene.layers(), ..Self::from_factors(modules) };
         for entry in gene.rest() {
             // What belongs to no layer has no coefficient; what was left out has no values.
             if entry.layer.is_none() || entry.class != gene::Class::Full {
@@ -49,6 +50,12 @@ impl GeneAttachments {
             }
         }
         Ok(out)
+    }
+
+    /// Factors that are no file yet: layer, module, `B [out, rank]`, `A [rank, in]`, both f32.
+    pub fn from_factors(modules: Vec<(usize, ModuleKind, Tensor, Tensor)>) -> Self {
+        let layers: BTreeSet<u32> = modules.iter().map(|m| m.0 as u32).collect();
+        Self { modules, vectors: Vec::new(), layers: layers.into_iter().collect() }
     }
 
     /// Layers that have a coefficient, ascending.

@@ -50,6 +50,9 @@ pub const WORDS: [&str; 8] = [
     "larger : or bigger has does have what which compare",
 ];
 
+/// Things listed in a yes/no question.
+const LISTED: usize = 3;
+
 const NUMBERS: [&str; 10] = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"];
 
 impl Task {
@@ -72,7 +75,7 @@ impl Task {
     pub fn weight(self) -> usize {
         match self {
             Self::Entailment => 3,
-            Self::YesNo => 4,
+            Self::YesNo => 6,
             Self::Same => 2,
             _ => 1,
         }
@@ -139,8 +142,8 @@ impl Task {
                 let mut things = language.things.clone();
                 things.shuffle(rng);
                 let there = rng.random_range(0..2) == 0;
-                let asked = if there { things[rng.random_range(0..4)].clone() } else { things[4].clone() };
-                let list = things[..4].join(" ");
+                let asked = if there { things[rng.random_range(0..LISTED)].clone() } else { things[LISTED].clone() };
+                let list = things[..LISTED].join(" ");
                 if base_form {
                     (format!("in list : {list} , find {asked}"), if there { "here" } else { "gone" }.into())
                 } else {

@@ -1,0 +1,258 @@
+//! Three layers, three coefficients: few enough to try every combination on a grid.
+
+use candle_core::{Device, Tensor};
+use distill::{
+    Calibration, CalibrationError, GeneAttachments, Goal, Limits, Shots, calibrate, check_safety_shots,
+};
+use serde_json::json;
+use std::collections::BTreeMap;
+use transformer::{
+    AnswerBatch, Architecture, Attachments, Model, ModelError, ModuleKind, Openings, Row, WeightSource,
+};
+
+struct Noise(Architecture);
+
+/// xorshift: fixed values, no dependency.
+fn noise(n: usize, seed: u64) -> Vec<f32> {
+    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..n)
+        .map(|_| {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            ((x >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * 0.6
+        })
+        .collect()
+}
+
+impl WeightSource for Noise {
+    fn read(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), ModelError> {
+        let a = &self.0;
+        let (h, q, kv) = (a.hidden, a.heads * a.head_dim, a.kv_heads * a.head_dim);
+        let shape = match name.rsplit('.').nth(1).unwrap() {
+            "embed_tokens" | "lm_head" => vec![a.vocab, h],
+            "q_proj" => vec![q, h],
+            "k_proj" | "v_proj" => vec![kv, h],
+            "o_proj" => vec![h, q],
+            "gate_proj" | "up_proj" => vec![a.ffn, h],
+            "down_proj" => vec![h, a.ffn],
+            _ => vec![h],
+        };
+        let n = shape.iter().product();
+        let seed = name.bytes().fold(7, |s: u64, b| s.wrapping_mul(31) + u64::from(b));
+        let lift = if shape.len() == 1 { 1.0 } else { 0.0 };
+        Ok((shape, noise(n, seed).iter().map(|x| x + lift).collect()))
+    }
+}
+
+fn model() -> Model {
+    let a = Architecture::from_config(&json!({
+        "model_type": "llama", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 24, "vocab_size": 40, "rms_norm_eps": 1e-5,
+        "rope_theta": 100.0, "tie_word_embeddings": false
+    }))
+    .unwrap();
+    Model::new(a.clone(), &Noise(a)).unwrap()
+}
+
+/// Rank 2 on the output projections of each layer; `sign` -1 is the gene of swapped inputs.
+fn gene(sign: f32) -> GeneAttachments {
+    let mut modules = Vec::new();
+    for layer in 0..3 {
+        for (i, (kind, inn)) in [(ModuleKind::O, 16), (ModuleKind::Down, 24)].into_iter().enumerate() {
+            let seed = 1000 + 10 * layer as u64 + i as u64;
+            let b: Vec<f32> = noise(32, seed).iter().map(|x| sign * x).collect();
+            let b = Tensor::from_vec(b, (16, 2), &Device::Cpu).unwrap();
+            let a = Tensor::from_vec(noise(2 * inn, seed + 5), (2, inn), &Device::Cpu).unwrap();
+            modules.push((layer, kind, b, a));
+        }
+    }
+    GeneAttachments::from_factors(modules)
+}
+
+/// Safety rows answered as the model with a strongly expressed gene answers them; other rows as it answers itself.
+fn shots(model: &Model, gene: &GeneAttachments) -> Shots {
+    let rows = |seed: u64, n: usize, at: &Attachments| -> Vec<Row> {
+        let ids: Vec<u32> = noise(n * 6, seed).iter().map(|x| ((x + 0.3) / 0.6 * 39.0) as u32).collect();
+        let prompts: Vec<Vec<u32>> = ids.chunks(6).map(<[u32]>::to_vec).collect();
+        let answers = transformer::generate(model, at, &prompts, &[], 3).unwrap();
+        prompts.into_iter().zip(answers).map(|(prompt, answer)| Row { prompt, answer }).collect()
+    };
+    let expressed = gene.at(&[(0, 3.0), (1, 2.0), (2, 3.0)].into()).unwrap();
+    let none = Attachments::none();
+    Shots { safety: rows(1, 6, &expressed), task: rows(2, 6, &none), benign: rows(3, 6, &none) }
+}
+
+/// Safety loss, KL on task shots, KL on benign shots at fixed coefficients: a second way to the same numbers.
+struct Meter<'a> {
+    model: &'a Model,
+    gene: &'a GeneAttachments,
+    safety: AnswerBatch,
+    quiet: Vec<(AnswerBatch, std::sync::Arc<Vec<f32>>)>,
+}
+
+impl<'a> Meter<'a> {
+    fn new(model: &'a Model, gene: &'a GeneAttachments, shots: &Shots) -> Self {
+        let quiet = [&shots.task, &shots.benign].map(|rows| {
+            let batch = AnswerBatch::new(rows, 0);
+            let reference = batch.reference(model, &Attachments::none()).unwrap();
+            (batch, reference)
+        });
+        Self { model, gene, safety: AnswerBatch::new(&shots.safety, 0), quiet: quiet.into() }
+    }
+
+    fn at(&self, c: [f64; 3]) -> (f64, f64, f64) {
+        let c: BTreeMap<u32, f64> = (0..3).zip(c).collect();
+        let at = self.gene.at(&c).unwrap();
+        let number = |t: Tensor| f64::from(t.to_vec1::<f32>().unwrap()[0]);
+        let kl = |i: usize| {
+            let (batch, reference) = &self.quiet[i];
+            number(batch.kl(self.model, &at, reference).unwrap())
+        };
+        (number(self.safety.cross_entropy(self.model, &at).unwrap()), kl(0), kl(1))
+    }
+
+    fn grid(&self, c_max: f64) -> Vec<(f64, f64, f64)> {
+        const STEPS: usize = 9;
+        let value = |i: usize| c_max * i as f64 / (STEPS - 1) as f64;
+        (0..STEPS.pow(3))
+            .map(|i| self.at([value(i % STEPS), value(i / STEPS % STEPS), value(i / STEPS / STEPS)]))
+            .collect()
+    }
+}
+
+#[track_caller]
+fn check_report(found: &Calibration, meter: &Meter<'_>, limits: &Limits) -> (f64, f64, f64) {
+    let c: Vec<f64> = found.coefficients.values().copied().collect();
+    assert_eq!(found.coefficients.keys().copied().collect::<Vec<_>>(), [0, 1, 2]);
+    assert!(c.iter().all(|c| (0.0..=limits.c_max).contains(c)), "{c:?}");
+    let (loss, task, benign) = meter.at([c[0], c[1], c[2]]);
+    // Both ways sum f32 products of the same order; only the reduction's last bits may differ.
+    assert!((found.loss - loss).abs() <= 1e-5 * loss, "loss {} and {loss}", found.loss);
+    assert!((found.kl_task - task).abs() <= 1e-5, "task KL {} and {task}", found.kl_task);
+    assert!((found.kl_benign.unwrap() - benign).abs() <= 1e-5, "benign KL {:?} and {benign}", found.kl_benign);
+    (loss, task, benign)
+}
+
+#[test]
+fn least_kl_for_the_safety_asked_beats_every_point_of_a_grid() {
+    let (model, gene) = (model(), gene(1.0));
+    let shots = shots(&model, &gene);
+    let meter = Meter::new(&model, &gene, &shots);
+    let (before, at_one) = (meter.at([0.0; 3]).0, meter.at([1.0; 3]).0);
+    let delta = 0.5 * (before + at_one);
+    let limits = Limits { max_kl: 10.0, c_max: 4.0, delta, ..Limits::default() };
+    let found = calibrate(&model, &gene, &shots, &limits, 0).unwrap();
+    let (loss, task, benign) = check_report(&found, &meter, &limits);
+    assert_eq!(found.goal, Goal::LeastKl);
+    assert!(found.gradients <= limits.gradients_max + 2, "{}", found.gradients);
+    // The solver's own tolerance on the constraint: 2 % of the loss.
+    assert!(loss <= delta * 1.021, "loss {loss}, asked {delta}");
+    let best = meter
+        .grid(limits.c_max)
+        .into_iter()
+        .filter(|(loss, ..)| *loss <= delta)
+        .map(|(_, t, b)| t + b)
+        .fold(f64::INFINITY, f64::min);
+    assert!(best.is_finite(), "no point of the grid is safe enough");
+    assert!(task + benign <= best, "KL {} found, {best} on the grid", task + benign);
+}
+
+#[test]
+fn least_loss_under_the_limit_beats_every_point_of_a_grid() {
+    let (model, gene) = (model(), gene(1.0));
+    let shots = shots(&model, &gene);
+    let meter = Meter::new(&model, &gene, &shots);
+    let (_, task_one, benign_one) = meter.at([1.0; 3]);
+    let limits = Limits { max_kl: 0.5 * task_one.min(benign_one), c_max: 4.0, delta: 1e-4, ..Limits::default() };
+    let found = calibrate(&model, &gene, &shots, &limits, 0).unwrap();
+    let (loss, task, benign) = check_report(&found, &meter, &limits);
+    assert_eq!(found.goal, Goal::LeastLoss);
+    assert!(task <= limits.max_kl * (1.0 + 1e-5) && benign <= limits.max_kl * (1.0 + 1e-5), "{task} {benign}");
+    let best = meter
+        .grid(limits.c_max)
+        .into_iter()
+        .filter(|(_, t, b)| *t <= limits.max_kl && *b <= limits.max_kl)
+        .map(|(loss, ..)| loss)
+        .fold(f64::INFINITY, f64::min);
+    assert!(loss <= best, "loss {loss} found, {best} on the grid");
+    assert!(loss < meter.at([0.0; 3]).0);
+}
+
+#[test]
+fn without_benign_shots_only_the_task_is_bounded() {
+    let (model, gene) = (model(), gene(1.0));
+    let with = shots(&model, &gene);
+    let without = Shots { benign: Vec::new(), ..with.clone() };
+    let limits = Limits { max_kl: 0.005, c_max: 4.0, delta: 1e-4, ..Limits::default() };
+    let free = calibrate(&model, &gene, &without, &limits, 0).unwrap();
+    let bound = calibrate(&model, &gene, &with, &limits, 0).unwrap();
+    assert_eq!(free.kl_benign, None);
+    assert!(free.loss <= bound.loss, "a limit less cannot cost safety: {} {}", free.loss, bound.loss);
+}
+
+#[test]
+fn safe_target_gets_nothing() {
+    let (model, gene) = (model(), gene(1.0));
+    let mut shots = shots(&model, &gene);
+    shots.safety = shots.benign.clone();
+    let before = Meter::new(&model, &gene, &shots).at([0.0; 3]).0;
+    let limits = Limits { delta: before * 1.01, ..Limits::default() };
+    let found = calibrate(&model, &gene, &shots, &limits, 0).unwrap();
+    assert_eq!(found.goal, Goal::AlreadySafe);
+    assert!(found.coefficients.values().all(|&c| c == 0.0));
+    assert_eq!(found.loss, found.loss_before);
+}
+
+#[test]
+fn swapped_inputs_are_noticed_and_not_subtracted() {
+    let model = model();
+    let shots = shots(&model, &gene(1.0));
+    let limits = Limits { c_max: 4.0, ..Limits::default() };
+    let right = calibrate(&model, &gene(1.0), &shots, &limits, 0).unwrap();
+    assert!(!right.raises_safety_loss());
+    let swapped = calibrate(&model, &gene(-1.0), &shots, &limits, 0).unwrap();
+    assert!(swapped.raises_safety_loss(), "{swapped:?}");
+    assert!(swapped.coefficients.values().all(|&c| c >= 0.0));
+}
+
+#[test]
+fn same_shots_give_the_same_coefficients() {
+    let (model, gene) = (model(), gene(1.0));
+    let shots = shots(&model, &gene);
+    let limits = Limits { c_max: 4.0, ..Limits::default() };
+    let [a, b] = [0, 1].map(|_| calibrate(&model, &gene, &shots, &limits, 0).unwrap().coefficients);
+    assert_eq!(a, b);
+}
+
+#[test]
+fn missing_shots_and_senseless_limits_are_refused() {
+    let (model, gene) = (model(), gene(1.0));
+    let good = shots(&model, &gene);
+    let run = |shots: &Shots, limits: Limits| calibrate(&model, &gene, shots, &limits, 0).unwrap_err();
+    let no_safety = Shots { safety: Vec::new(), ..good.clone() };
+    assert!(matches!(run(&no_safety, Limits::default()), CalibrationError::NoShots("safety")));
+    let no_task = Shots { task: Vec::new(), ..good.clone() };
+    assert!(matches!(run(&no_task, Limits::default()), CalibrationError::NoShots("task")));
+    for limits in [
+        Limits { max_kl: 0.0, ..Limits::default() },
+        Limits { max_kl: f64::NAN, ..Limits::default() },
+        Limits { c_max: -1.0, ..Limits::default() },
+        Limits { delta: f64::INFINITY, ..Limits::default() },
+    ] {
+        assert!(matches!(run(&good, limits), CalibrationError::Limit { .. }), "{limits:?}");
+    }
+    let empty = GeneAttachments::from_factors(Vec::new());
+    let error = calibrate(&model, &empty, &good, &Limits::default(), 0).unwrap_err();
+    assert!(matches!(error, CalibrationError::NoLayer));
+}
+
+#[test]
+fn answers_that_are_no_refusals_are_named_by_line() {
+    let openings = Openings::default();
+    let rows = [(1, "I'm sorry, but no"), (3, "Sure, here is how")];
+    let error = check_safety_shots(rows.into_iter(), &openings).unwrap_err();
+    assert!(matches!(&error, CalibrationError::NotARefusal { line: 3, answer } if answer.starts_with("Sure")));
+    assert!(error.hint().is_some());
+    check_safety_shots(rows.into_iter().take(1), &openings).unwrap();
+}

@@ -1,0 +1,3 @@
+//! Calibration on a small random decoder, against an exhaustive search.
+
+mod calibrate;
