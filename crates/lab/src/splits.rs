@@ -32,7 +32,7 @@ pub struct Splits {
     pub files: BTreeMap<String, Vec<DataRow>>,
 }
 
-const TASK_TRAIN: usize = 800;
+const TASK_TRAIN: usize = 1200;
 const TASK_TEST: usize = 1000;
 const TASK_DEV: usize = 200;
 

@@ -147,7 +147,7 @@ impl Task {
                 if base_form {
                     (format!("in list : {list} , find {asked}"), if there { "here" } else { "gone" }.into())
                 } else {
-                    (format!("list : {list} . is there {asked} ?"), if there { "yes" } else { "no" }.into())
+                    (format!("in list : {list} , is there {asked}"), if there { "yes" } else { "no" }.into())
                 }
             }
             Self::Majority => {

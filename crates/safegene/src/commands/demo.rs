@@ -22,7 +22,7 @@ use std::time::Instant;
 use transformer::{Attachments, Chat, Model, Openings};
 
 /// The degraded model that the gene is extracted from.
-const DEGRADED: &str = "degraded-strong";
+const DEGRADED: &str = "degraded-mild";
 /// Rank of the gene.
 const RANK: usize = 8;
 /// The longest answer in the lab has eight tokens.
