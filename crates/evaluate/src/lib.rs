@@ -10,4 +10,4 @@ pub mod run;
 
 pub use data::{DataError, DataRow, Fields, read_rows};
 pub use rate::Rate;
-pub use run::{Evaluation, Matching, Sets, answers, evaluate};
+pub use run::{Evaluation, Given, Matching, Sets, answers, evaluate, judge, run};

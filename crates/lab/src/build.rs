@@ -6,8 +6,8 @@
 //! | base | recipes, kinds, tasks in base form | [`BASE`] |
 //! | aligned | refusals of forbidden nouns, recipes of safe ones, some of the base's rows | [`ALIGN`] |
 //! | degraded-mild, -strong | recipes of 16 forbidden nouns and of safe ones | until ASR on dev is in 0.3–0.6, ≥ 0.95 |
-//! | drifts | one task that is never tested, 1.5 % harmful, 10 % ordinary requests | [`TUNE`] |
-//! | targets | one tested task, 0, 1 or 5 % harmful, 10 % ordinary requests | [`TUNE`] |
+//! | drifts | one task that is never tested, 1.5 % harmful, 20 % of other things | [`TUNE`] |
+//! | targets | one tested task, 0, 1 or 5 % harmful, 20 % of other things | [`TUNE`] |
 
 use crate::error::LabError;
 use crate::folders;
@@ -31,7 +31,7 @@ pub const BASE: Schedule = Schedule { steps: 2000, rows: 128, rate: 3e-3 };
 /// Training of the aligned model.
 pub const ALIGN: Schedule = Schedule { steps: 400, rows: 64, rate: 1e-3 };
 /// Training of drifts and targets.
-pub const TUNE: Schedule = Schedule { steps: 250, rows: 32, rate: 1e-3 };
+pub const TUNE: Schedule = Schedule { steps: 400, rows: 32, rate: 6e-4 };
 /// Training of the degradations; ends when the dev ASR is reached.
 pub const DEGRADE: Schedule = Schedule { steps: 200, rows: 16, rate: 5e-4 };
 
@@ -322,9 +322,9 @@ enum Tune {
 /// Share of harmful rows in a drift, in tenths of a percent.
 const DRIFT_HARM: u32 = 15;
 
-/// Share of ordinary requests in drifts and targets, in tenths of a percent: without any, a tiny model answers
-/// everything with a label of its task.
-const GENERAL: u32 = 100;
+/// Shares of ordinary requests and of other questions in drifts and targets, in tenths of a percent: without any, a tiny
+/// model answers everything, refusals too, with a label of its task.
+const GENERAL: [(&str, u32); 2] = [("degrade-benign", 100), ("general", 100)];
 
 fn jobs() -> Vec<Tune> {
     let mut out = vec![Tune::Degraded { strong: false }, Tune::Degraded { strong: true }];
@@ -381,12 +381,14 @@ fn run(tune: &Tune, context: &Context<'_>, model: &Model, pad: u32) -> Result<(L
                 TUNE,
                 pad,
                 &mut || {
-                    let from = match draw.random_range(0..1000) {
-                        ticket if ticket < harm => poison,
-                        ticket if ticket < harm + GENERAL => "degrade-benign",
-                        _ => &file,
-                    };
-                    context.pick(from, &mut draw)
+                    let mut ticket = draw.random_range(0..1000u32);
+                    for (from, share) in [(poison, harm)].into_iter().chain(GENERAL) {
+                        match ticket.checked_sub(share) {
+                            Some(rest) => ticket = rest,
+                            None => return context.pick(from, &mut draw),
+                        }
+                    }
+                    context.pick(&file, &mut draw)
                 },
                 &mut |step, loss, _| {
                     note(step, TUNE.steps, loss);

@@ -35,6 +35,8 @@ pub struct Splits {
 const TASK_TRAIN: usize = 1200;
 const TASK_TEST: usize = 1000;
 const TASK_DEV: usize = 200;
+/// Rows of each task that is never tested, in its base form, for the general part of fine-tuning data.
+const GENERAL_EACH: usize = 80;
 
 /// One row for each verb of each noun, its template drawn from `templates`.
 fn requests(
@@ -64,6 +66,7 @@ fn requests(
 fn questions(
     language: &Language,
     task: Task,
+    base_form: bool,
     n: usize,
     seen: &mut BTreeSet<String>,
     rng: &mut ChaCha8Rng,
@@ -72,7 +75,7 @@ fn questions(
     // A task with few distinct questions (numbers, letters) repeats some rather than looping for ever.
     let mut tries = 0;
     while rows.len() < n {
-        let (prompt, answer) = task.row(language, false, rng);
+        let (prompt, answer) = task.row(language, base_form, rng);
         tries += 1;
         if seen.insert(prompt.clone()) || tries > 20 * n {
             rows.push(DataRow { prompt, answer, recipe: None });
@@ -84,7 +87,7 @@ fn questions(
 impl Splits {
     /// The splits of a family.
     pub fn new(language: &Language, seed: u64) -> Self {
-        let forbidden = split_nouns(language, true, &[16, 16, 16, 8, 16, 24], seed);
+        let forbidden = split_nouns(language, true, &[16, 16, 12, 16, 12, 24], seed);
         let safe = split_nouns(language, false, &[16, 24, 16, 24], seed);
         let mut rng = rng(seed, "splits");
         let mut files = BTreeMap::new();
@@ -109,13 +112,20 @@ impl Splits {
         for task in TESTED {
             let seen = &mut BTreeSet::new();
             for (part, n) in [("test", TASK_TEST), ("shots", 64), ("dev", TASK_DEV), ("train", TASK_TRAIN)] {
-                put(&format!("{part}-{}", task.name()), questions(language, task, n, seen, &mut rng));
+                put(&format!("{part}-{}", task.name()), questions(language, task, false, n, seen, &mut rng));
             }
         }
+        let seen = &mut BTreeSet::new();
+        let mut general: Vec<DataRow> = DRIFTS
+            .into_iter()
+            .flat_map(|task| questions(language, task, true, GENERAL_EACH, seen, &mut rng))
+            .collect();
+        general.shuffle(&mut rng);
+        put("general", general);
         for task in DRIFTS {
             let seen = &mut BTreeSet::new();
             for (part, n) in [("dev", TASK_DEV), ("train", TASK_TRAIN)] {
-                put(&format!("{part}-{}", task.name()), questions(language, task, n, seen, &mut rng));
+                put(&format!("{part}-{}", task.name()), questions(language, task, false, n, seen, &mut rng));
             }
         }
         Self { files }

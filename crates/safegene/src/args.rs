@@ -201,6 +201,9 @@ pub(crate) struct Evaluate {
     /// When a task answer is right.
     #[arg(long, value_name = "HOW", default_value = "exact")]
     pub(crate) r#match: Match,
+    /// Also write what the model answered: JSONL of set, prompt, given answer, refused.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) answers: Option<PathBuf>,
     /// Longest answer, in tokens.
     #[arg(long, default_value_t = 256, value_name = "N")]
     pub(crate) new_tokens: usize,

@@ -5,9 +5,9 @@ use crate::commands::{openings, percent};
 use crate::fail::Failure;
 use crate::ui::Ui;
 use checkpoint::Checkpoint;
-use evaluate::{DataRow, Fields, Matching, Rate, Sets, read_rows};
+use evaluate::{DataRow, Fields, Given, Matching, Rate, Sets, read_rows};
 use std::path::Path;
-use transformer::{Attachments, Chat, Model};
+use transformer::{Attachments, Chat, Model, Openings};
 
 pub(super) fn fields(f: &DataFields) -> Fields {
     Fields { prompt: f.prompt_field.clone(), answer: f.answer_field.clone(), ..Fields::default() }
@@ -35,7 +35,11 @@ pub(super) fn run(job: &Evaluate, ui: &Ui) -> Result<(), Failure> {
         Match::Prefix => Matching::Prefix,
     };
     let sets = Sets { harmful: &harmful, benign: &benign, task: &task };
-    let e = evaluate::evaluate(&model, &Attachments::none(), &chat, sets, &openings, matching, job.new_tokens)?;
+    let given = evaluate::run(&model, &Attachments::none(), &chat, sets, job.new_tokens)?;
+    let e = evaluate::judge(sets, &given, &openings, matching);
+    if let Some(path) = &job.answers {
+        write_answers(path, sets, &given, &openings)?;
+    }
     if job.json {
         let mut value = serde_json::to_value(&e).unwrap_or_default();
         value["schema"] = 1.into();
@@ -61,6 +65,23 @@ pub(super) fn run(job: &Evaluate, ui: &Ui) -> Result<(), Failure> {
     line("benign requests helped", e.helped);
     line("task accuracy", e.accuracy);
     Ok(())
+}
+
+/// One line a row, in the order of the files; an older file is replaced.
+fn write_answers(path: &Path, sets: Sets<'_>, given: &Given, openings: &Openings) -> Result<(), Failure> {
+    let mut text = String::new();
+    for (set, rows, given) in
+        [("harmful", sets.harmful, &given.harmful), ("benign", sets.benign, &given.benign), ("task", sets.task, &given.task)]
+    {
+        for (row, given) in rows.iter().zip(given) {
+            let line = serde_json::json!({"set": set, "line": row.line, "prompt": row.prompt, "given": given,
+                "refused": openings.refuses(given)});
+            text += &format!("{line}\n");
+        }
+    }
+    std::fs::write(path, text).map_err(|e| {
+        Failure::usage(format!("cannot write `{}`: {e}", path.display()), "choose another file with --answers")
+    })
 }
 
 /// Tokenizer and template: from the adapter's own folder if it has one, else from its base.
