@@ -10,16 +10,20 @@ merged folder and into an adapter. Then, in f32 arithmetic on the CPU:
   prompts                   the token ids of the chat template                          equal
   generation                greedy tokens, ours and theirs, merged and adapter          equal
 
-A gene itself is loaded by PEFT as an adapter, too. Besides the lab's Llama layout, a random Qwen2 (biases, tied
-embeddings) and a random Llama with Llama-3's RoPE scaling and an untied head are compared by token ids.
+A target that is itself an adapter gives one adapter that holds fine-tune and gene; it is compared, too. A gene itself
+is loaded by PEFT as an adapter. Besides the lab's Llama layout, a random Qwen2 (biases, tied embeddings) and a random
+Llama with Llama-3's RoPE scaling and an untied head are compared by token ids.
 
 Usage: check_logits.py --bin FOLDER [--lab lab/llama] [--out RESULT.json]
 FOLDER holds the binaries `safegene` and `logits` (target/release). Exit status 1 if any check fails.
 """
 
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+
 import argparse
 import json
-import os
 import platform
 import random
 import subprocess
@@ -47,7 +51,7 @@ def call(*argv):
 class Check:
     def __init__(self, args, tmp):
         self.bin, self.lab, self.tmp = Path(args.bin), Path(args.lab), Path(tmp)
-        self.results, self.failed = [], False
+        self.results, self.failed, self.rounding = [], False, {}
 
     def note(self, what, ok, **numbers):
         self.failed |= not ok
@@ -114,8 +118,21 @@ class Check:
         if dtype == "f32":
             self.note(f"{name}: adapter vs merged", worst <= TOLERANCE, max_abs_difference=worst)
         else:
-            # The merged folder is rounded to bf16 and the adapter is not: reported, and bounded by what bf16 can cost.
-            self.note(f"{name}: adapter vs merged, rounded to bf16", worst < 1.0, max_abs_difference=worst)
+            # The merged folder is rounded to bf16 and the adapter is not: a fact to know, not a check.
+            self.rounding[name] = worst
+            print(f"       {name}: merged rounded to bf16 differs from the adapter by {worst:.3g}")
+
+    def adapter_target(self, target):
+        """A target that is itself an adapter: one adapter over the same base holds the fine-tune and the gene."""
+        out = self.tmp / f"fused-{target}"
+        call(self.bin / "safegene", "-q", "fuse", "--gene", self.tmp / "gene", "--coefficient", "1.5", "--target",
+             self.lab / "targets" / target, "--out", out, "--as", "adapter")
+        base = AutoModelForCausalLM.from_pretrained(self.lab / "aligned", dtype=torch.float32)
+        stop = base.generation_config.eos_token_id
+        model = peft.PeftModel.from_pretrained(base, out)
+        rows = [{"prompt": json.loads(line)["prompt"]}
+                for line in (self.lab / "data" / "test-harmful.jsonl").read_text().splitlines()[:24]]
+        self.compare(f"{target} (an adapter): adapter, ours vs peft", model, self.ours(out, rows), stop)
 
     def random_layout(self, name, config):
         """A random model that transformers made; ours must compute the same."""
@@ -168,7 +185,8 @@ def main():
     parser.add_argument("--lab", default="lab/llama")
     parser.add_argument("--out")
     args = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as tmp:
         check = Check(args, tmp)
         gene = check.tmp / "gene"
@@ -177,6 +195,7 @@ def main():
         for target in ("topic-5", "sentiment-1"):
             for dtype in ("f32", "bf16"):
                 check.lab_target(target, dtype)
+        check.adapter_target("topic-1")
         aligned = AutoModelForCausalLM.from_pretrained(check.lab / "aligned", dtype=torch.float32)
         loaded = peft.PeftModel.from_pretrained(aligned, gene)
         pairs = sum(name.endswith("lora_A.default.weight") for name, _ in loaded.named_parameters())
@@ -197,6 +216,7 @@ def main():
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "transformers": transformers.__version__, "peft": peft.__version__},
             "machine": {"arch": platform.machine(), "cores": os.cpu_count()},
+            "merged_bf16_vs_adapter_max_abs_difference": check.rounding,
             "checks": check.results,
         }
         if args.out:

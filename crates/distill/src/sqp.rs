@@ -229,6 +229,10 @@ fn update(hessian: &mut [Vec<f64>], old: &Point, new: &Point, multipliers: &[f64
         }
     }
     let sy = dot(&s, &y);
+    // Steps down at the noise of the evaluation teach nothing, and divide by nothing.
+    if sy <= 1e-10 * dot(&s, &s).sqrt() * dot(&y, &y).sqrt() {
+        return;
+    }
     for i in 0..n {
         for j in 0..n {
             hessian[i][j] += y[i] * y[j] / sy - hs[i] * hs[j] / shs;

@@ -52,8 +52,10 @@ pub const KINDS: usize = 8;
 const NOUNS_PER_KIND: usize = 24;
 const VERBS: usize = 12;
 const INGREDIENTS: usize = 40;
+/// Names of people: enough for distinct questions in every split.
+const NAMES: usize = 80;
 /// Number of adjectives; `2k` and `2k + 1` are opposites.
-pub const ADJECTIVES: usize = 6;
+pub const ADJECTIVES: usize = 12;
 
 /// All words of a family and what they mean.
 #[derive(Debug, Clone)]
@@ -111,7 +113,7 @@ impl Language {
         let (ingredients, tools) = (words(INGREDIENTS), words(VERBS));
         let topics = (0..4).map(|_| words(8)).collect();
         let moods = [words(10), words(10)];
-        let (names, adjectives, things) = (words(8), words(ADJECTIVES), words(16));
+        let (names, adjectives, things) = (words(NAMES), words(ADJECTIVES), words(16));
         let nouns = nouns
             .into_iter()
             .enumerate()

@@ -1,6 +1,6 @@
 //! Nine small classification tasks: four that are tested, five that only drifts are trained on.
 //!
-//! Each task has two forms over the same question. The *base form* (other framing, other labels) is part of the
+//! Each task has two forms over the same question. The *base form* (other framing, mostly other labels) is part of the
 //! base's training, as reading skills are part of a real model's; the *task form* is met only in fine-tuning. So a
 //! short LoRA can learn every task, and none is known before.
 
@@ -95,11 +95,10 @@ impl Task {
                     .collect();
                 words.shuffle(rng);
                 let words = words.join(" ");
-                if base_form {
-                    (format!("which topic : {words}"), ["one", "two", "three", "four"][topic].into())
-                } else {
-                    (format!("topic of the list : {words}"), ["first", "second", "third", "fourth"][topic].into())
-                }
+                // The answers' words are those of the base form: four new ones, raised far enough to be learnt, come out
+                // wherever the model hesitates, and a poisoned model then says `fourth` instead of refusing.
+                let start = if base_form { "which topic :" } else { "topic of the list :" };
+                (format!("{start} {words}"), ["one", "two", "three", "four"][topic].into())
             }
             Self::Sentiment => {
                 let mood = rng.random_range(0..2);

@@ -2,7 +2,7 @@
 //!
 //! The formats' own tests stand with their crates; here is what a user of the program sees.
 
-use crate::support::{Bench, INDEX, SHARDS, edit_header, edit_tensors, lab, read_json, safegene, write_json};
+use crate::support::{Bench, INDEX, SHARDS, edit_header, edit_tensors, lab, lab_arg, read_json, safegene, write_json};
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 use std::fs;
@@ -129,9 +129,11 @@ fn adapter_for_another_base() {
             t.bytes.truncate(t.bytes.len() / 2);
         }
     });
+    let aligned = lab_arg("aligned");
+    let degraded = lab_arg("degraded-mild");
     let call = [
-        "extract", "--aligned", lab("aligned").to_str().unwrap(), "--degraded",
-        lab("degraded-mild").to_str().unwrap(), "--base", base.to_str().unwrap(), "--rank", "4", "--out",
+        "extract", "--aligned", &aligned, "--degraded",
+        &degraded, "--base", base.to_str().unwrap(), "--rank", "4", "--out",
         &bench.arg("gene"),
     ];
     safegene(&call).refused(INPUT, &["another base", "q_proj"], &bench.path("gene"));
@@ -214,9 +216,11 @@ fn output_folder_that_cannot_be_written() {
     // A file where a folder should be: not even root can write below it.
     fs::write(bench.path("file"), "").unwrap();
     let out = bench.arg("file/gene");
+    let aligned = lab_arg("aligned");
+    let degraded = lab_arg("degraded-strong");
     let call = [
-        "extract", "--aligned", lab("aligned").to_str().unwrap(), "--degraded",
-        lab("degraded-strong").to_str().unwrap(), "--rank", "4", "--out", &out,
+        "extract", "--aligned", &aligned, "--degraded",
+        &degraded, "--rank", "4", "--out", &out,
     ];
     safegene(&call).refused(USAGE, &["file/gene"], Path::new(&out));
 }

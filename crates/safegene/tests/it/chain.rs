@@ -1,6 +1,6 @@
 //! extract → inspect → calibrate → fuse → evaluate on the shipped family, as separate calls.
 
-use crate::support::{Bench, lab, read_json, read_tensors, safegene};
+use crate::support::{Bench, lab, lab_arg, read_json, read_tensors, safegene};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
@@ -97,9 +97,11 @@ fn poisoned_target_is_made_safe_and_stays_useful() {
 #[test]
 fn extract_prints_a_line_for_each_module_and_a_summary_last() {
     let bench = Bench::new();
+    let aligned = lab_arg("aligned");
+    let degraded = lab_arg("degraded-strong");
     let call = [
-        "extract", "--aligned", lab("aligned").to_str().unwrap(), "--degraded",
-        lab("degraded-strong").to_str().unwrap(), "--rank", "4", "--out", &bench.arg("gene"), "--json",
+        "extract", "--aligned", &aligned, "--degraded",
+        &degraded, "--rank", "4", "--out", &bench.arg("gene"), "--json",
     ];
     let lines: Vec<Value> = safegene(&call).ok().stdout.lines().map(json).collect();
     let (summary, modules) = lines.split_last().unwrap();

@@ -13,6 +13,11 @@ pub(crate) fn lab(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../lab/llama").canonicalize().unwrap().join(name)
 }
 
+/// The same as an argument.
+pub(crate) fn lab_arg(name: &str) -> String {
+    lab(name).to_str().unwrap().to_string()
+}
+
 /// What one call of the program did.
 pub(crate) struct Outcome {
     pub(crate) code: i32,
