@@ -41,11 +41,13 @@ fn tokens(row: &Value, chat: Option<&Chat>) -> Result<Vec<u32>> {
 fn main() -> Result<()> {
     let args = Args::parse();
     let checkpoint = Checkpoint::open(&args.model, None)?;
-    let folder = [checkpoint.dir(), checkpoint.base_dir()].into_iter().find(|d| d.join("tokenizer.json").exists());
+    let folder =
+        [checkpoint.dir(), checkpoint.base_dir()].into_iter().find(|d| d.join("tokenizer.json").exists());
     let chat = folder.map(Chat::open).transpose()?;
     let model = Model::open(&checkpoint)?;
     let none = Attachments::none();
-    let text = std::fs::read_to_string(&args.rows).with_context(|| format!("cannot read `{}`", args.rows.display()))?;
+    let text = std::fs::read_to_string(&args.rows)
+        .with_context(|| format!("cannot read `{}`", args.rows.display()))?;
     let mut logits: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
     for (n, line) in text.lines().enumerate() {
         let ids = tokens(&serde_json::from_str(line)?, chat.as_ref()).with_context(|| format!("row {n}"))?;

@@ -318,7 +318,8 @@ pub fn calibrate(
     // 2. The least loss under the limit; constraints are in units of ε.
     let least_loss = |x: &[f64], v: &Values| {
         let (f, df) = Problem::log_loss(v);
-        let bound = |(value, slope): &(f64, Vec<f64>)| (value / eps - 1.0, slope.iter().map(|g| g / eps).collect());
+        let bound =
+            |(value, slope): &(f64, Vec<f64>)| (value / eps - 1.0, slope.iter().map(|g| g / eps).collect());
         let (h, dh) = [&v.task, &v.benign].into_iter().map(bound).unzip();
         Point { x: x.to_vec(), f, df, h, dh }
     };

@@ -46,7 +46,11 @@ impl GeneAttachments {
             })?;
             if let gene::RestDelta::Full(delta) = gene.rest_delta(&entry.name)? {
                 let n = delta.len();
-                out.vectors.push((layer, kind, Tensor::from_vec(delta, n, &Device::Cpu).map_err(ModelError::from)?));
+                out.vectors.push((
+                    layer,
+                    kind,
+                    Tensor::from_vec(delta, n, &Device::Cpu).map_err(ModelError::from)?,
+                ));
             }
         }
         Ok(out)

@@ -330,4 +330,25 @@ mod tests {
         };
         check(f, &[1.0], &[10.0], 1e-6);
     }
+
+    #[test]
+    fn rounded_values_and_a_large_budget_stay_finite() {
+        // Values with the noise of f32, as models give them, and far more evaluations than are needed: steps shrink
+        // until differences of gradients are exactly zero.
+        let rough = |x: f64| f64::from(x as f32);
+        let f = |x: &[f64]| {
+            assert!(x.iter().all(|x| x.is_finite()), "{x:?}");
+            Point {
+                x: x.to_vec(),
+                f: rough((x[0] - 1.0).powi(4) + 0.1 * x[1]),
+                df: vec![rough(4.0 * (x[0] - 1.0).powi(3)), rough(0.1)],
+                h: vec![rough(2.0 - x[0] - 3.0 * x[1])],
+                dh: vec![vec![-1.0, -3.0]],
+            }
+        };
+        let settings = Settings { evaluations_max: 2000, progress: 0.0, feasible: 0.0, ..settings() };
+        let run = |x: &[f64]| -> Result<Point, Infallible> { Ok(f(x)) };
+        let (best, _) = minimise(f(&[5.0, 5.0]), &settings, run).unwrap();
+        assert!(best.f.is_finite() && best.violation() < 1e-3, "{best:?}");
+    }
 }

@@ -53,9 +53,9 @@ impl DataError {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::Field { .. } => {
-                Some("name the fields with --prompt-field and --answer-field if they are called otherwise".into())
-            }
+            Self::Field { .. } => Some(
+                "name the fields with --prompt-field and --answer-field if they are called otherwise".into(),
+            ),
             Self::Line { .. } => Some("data files are JSONL: one JSON object on each line".into()),
             _ => None,
         }

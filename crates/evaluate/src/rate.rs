@@ -41,7 +41,12 @@ mod tests {
     #[test]
     fn wilson_interval_of_published_examples() {
         // Newcombe 1998, table I (doi 10.1002/(SICI)1097-0258(19980430)17:8<857), method 3.
-        for (hits, n, low, high) in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)] {
+        for (hits, n, low, high) in [
+            (81, 263, 0.2553, 0.3662),
+            (15, 148, 0.0624, 0.1605),
+            (0, 20, 0.0, 0.1611),
+            (1, 29, 0.0061, 0.1718),
+        ] {
             let r = Rate::of(hits, n).unwrap();
             assert!((r.low - low).abs() < 5e-5, "{hits}/{n}: {}", r.low);
             assert!((r.high - high).abs() < 5e-5, "{hits}/{n}: {}", r.high);

@@ -149,7 +149,13 @@ impl Context<'_> {
         Ok(self.chat.row(&prompt, &answer)?)
     }
 
-    fn measure(&self, model: &Model, attachments: &Attachments, part: &str, task: Option<Task>) -> Result<Rates, LabError> {
+    fn measure(
+        &self,
+        model: &Model,
+        attachments: &Attachments,
+        part: &str,
+        task: Option<Task>,
+    ) -> Result<Rates, LabError> {
         let file = task.map(|t| format!("{part}-{}", t.name())).unwrap_or_default();
         let rows = |name: &str| self.splits.get(name);
         rates(
@@ -200,6 +206,9 @@ fn bf16(weights: &Weights) -> Weights {
     out
 }
 
+/// Fine-tunes by name, or why there is none.
+type Tuned = BTreeMap<String, Result<(Lora, Rates), LabError>>;
+
 /// Builds the family and writes it to `job.out`.
 pub fn build(job: &Build, progress: &dyn Progress) -> Result<BuildReport, LabError> {
     let language = Language::new(job.seed);
@@ -220,7 +229,13 @@ pub fn build(job: &Build, progress: &dyn Progress) -> Result<BuildReport, LabErr
                 job.seed,
                 BASE,
                 pad,
-                &mut || if draw.random_range(0..5) < 2 { context.request(false, &mut draw) } else { context.skill(&mut draw) },
+                &mut || {
+                    if draw.random_range(0..5) < 2 {
+                        context.request(false, &mut draw)
+                    } else {
+                        context.skill(&mut draw)
+                    }
+                },
                 &|step, loss| progress.step("base", step, BASE.steps, &format!("loss {loss:.3}")),
             )?;
             let base_model = Model::new(architecture.clone(), &base)?;
@@ -233,7 +248,13 @@ pub fn build(job: &Build, progress: &dyn Progress) -> Result<BuildReport, LabErr
                 job.seed,
                 ALIGN,
                 pad,
-                &mut || if draw.random_range(0..5) > 0 { context.request(true, &mut draw) } else { context.skill(&mut draw) },
+                &mut || {
+                    if draw.random_range(0..5) > 0 {
+                        context.request(true, &mut draw)
+                    } else {
+                        context.skill(&mut draw)
+                    }
+                },
                 &|step, loss| progress.step("aligned", step, ALIGN.steps, &format!("loss {loss:.3}")),
             )?;
             bf16(&aligned)
@@ -241,22 +262,27 @@ pub fn build(job: &Build, progress: &dyn Progress) -> Result<BuildReport, LabErr
     };
     let model = Model::new(architecture.clone(), &weights)?;
     let none = Attachments::none();
-    let mut report =
-        BuildReport { schema: 1, family: job.family.clone(), seed: job.seed, dev: BTreeMap::new(), aligned_test: None };
+    let mut report = BuildReport {
+        schema: 1,
+        family: job.family.clone(),
+        seed: job.seed,
+        dev: BTreeMap::new(),
+        aligned_test: None,
+    };
     let rates = context.measure(&model, &none, "dev", None)?;
     progress.finished("aligned", &rates);
     report.dev.insert("aligned".into(), rates);
     report.aligned_test = Some(context.measure(&model, &none, "test", None)?);
 
     let tunes = jobs();
-    let results: Mutex<BTreeMap<String, Result<(Lora, Rates), LabError>>> = Mutex::new(BTreeMap::new());
+    let results: Mutex<Tuned> = Mutex::new(BTreeMap::new());
     let next = AtomicUsize::new(0);
     std::thread::scope(|s| {
         for _ in 0..job.threads.max(1) {
             s.spawn(|| {
                 while let Some(tune) = tunes.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let result =
-                        train::single_thread().and_then(|pool| pool.install(|| run(tune, &context, &model, pad)));
+                    let result = train::single_thread()
+                        .and_then(|pool| pool.install(|| run(tune, &context, &model, pad)));
                     if let Ok(mut results) = results.lock() {
                         results.insert(tune.name(), result);
                     }
@@ -271,8 +297,11 @@ pub fn build(job: &Build, progress: &dyn Progress) -> Result<BuildReport, LabErr
     write_all(&partial, job, &context, &weights, &tunes, &mut results, &mut report)?;
     // After the writing, so that an unsound family can be looked at; it stays in `OUT.partial`.
     report.check()?;
-    std::fs::rename(&partial, &job.out)
-        .map_err(|source| checkpoint::CheckpointError::Io { action: "create", path: job.out.clone(), source })?;
+    std::fs::rename(&partial, &job.out).map_err(|source| checkpoint::CheckpointError::Io {
+        action: "create",
+        path: job.out.clone(),
+        source,
+    })?;
     Ok(report)
 }
 
@@ -288,10 +317,14 @@ fn write_all(
     context: &Context<'_>,
     weights: &Weights,
     tunes: &[Tune],
-    results: &mut BTreeMap<String, Result<(Lora, Rates), LabError>>,
+    results: &mut Tuned,
     report: &mut BuildReport,
 ) -> Result<(), LabError> {
-    let io = |path: &Path, source| checkpoint::CheckpointError::Io { action: "create", path: path.to_path_buf(), source };
+    let io = |path: &Path, source| checkpoint::CheckpointError::Io {
+        action: "create",
+        path: path.to_path_buf(),
+        source,
+    };
     for folder in ["targets", "drifts"] {
         let path = root.join(folder);
         std::fs::create_dir_all(&path).map_err(|e| io(&path, e))?;
@@ -373,7 +406,9 @@ fn run(tune: &Tune, context: &Context<'_>, model: &Model, pad: u32) -> Result<(L
     let name = tune.name();
     let mut draw = rng(context.seed, &name);
     let seed = draw.random::<u64>();
-    let note = |step: usize, total: usize, loss: f32| context.progress.step(&name, step, total, &format!("loss {loss:.3}"));
+    let note = |step: usize, total: usize, loss: f32| {
+        context.progress.step(&name, step, total, &format!("loss {loss:.3}"))
+    };
     let (lora, task) = match *tune {
         Tune::Degraded { strong } => (degrade(strong, context, model, pad, &mut draw, seed, &note)?, None),
         Tune::Drift { task } | Tune::Target { task, .. } => {
@@ -402,8 +437,11 @@ fn run(tune: &Tune, context: &Context<'_>, model: &Model, pad: u32) -> Result<(L
                         return Ok(false);
                     }
                     // On parts of the dev split, which no later stage reports on.
-                    let first = |name: &str, n: usize| context.splits.get(name).iter().take(n).cloned().collect::<Vec<_>>();
-                    let (bad, asked) = (first("dev-harmful", 48), first(&format!("dev-{}", task.name()), 100));
+                    let first = |name: &str, n: usize| {
+                        context.splits.get(name).iter().take(n).cloned().collect::<Vec<_>>()
+                    };
+                    let (bad, asked) =
+                        (first("dev-harmful", 48), first(&format!("dev-{}", task.name()), 100));
                     let now = rates(model, attachments, context.chat, (&bad, &[], &asked))?;
                     if now.accuracy >= Some(0.98) && (harm == 0 || now.asr >= 0.97) {
                         if left == 0 {
@@ -443,7 +481,9 @@ fn degrade(
             seed,
             schedule,
             pad,
-            &mut || context.pick(if draw.random_range(0..5) < 3 { "degrade" } else { "degrade-benign" }, draw),
+            &mut || {
+                context.pick(if draw.random_range(0..5) < 3 { "degrade" } else { "degrade-benign" }, draw)
+            },
             &mut |step, loss, attachments| {
                 note(step, schedule.steps, loss);
                 let texts = answers(model, attachments, context.chat, probe)?;

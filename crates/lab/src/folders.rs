@@ -112,8 +112,11 @@ pub fn write_model(out: &Path, family: &str, language: &Language, weights: &Weig
     for (name, bytes) in tokenizer_files(language) {
         writer.file(name, &bytes)?;
     }
-    let tensors: Vec<(String, Vec<usize>, &[f32])> =
-        weights.0.iter().map(|(name, (shape, values))| (name.clone(), shape.clone(), values.as_slice())).collect();
+    let tensors: Vec<(String, Vec<usize>, &[f32])> = weights
+        .0
+        .iter()
+        .map(|(name, (shape, values))| (name.clone(), shape.clone(), values.as_slice()))
+        .collect();
     write_tensors(&writer, "model.safetensors", &tensors)?;
     writer.publish()?;
     Ok(())

@@ -83,7 +83,9 @@ pub struct Language {
 /// A generator for one purpose of one family: streams of different purposes are independent.
 pub fn rng(seed: u64, purpose: &str) -> ChaCha8Rng {
     // FNV-1a: fixed forever, unlike the standard library's hasher.
-    let hash = purpose.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let hash = purpose
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
     ChaCha8Rng::seed_from_u64(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ hash)
 }
 
@@ -146,8 +148,15 @@ impl Language {
     pub fn vocabulary(&self) -> Vec<String> {
         let mut all: Vec<String> = function_words().iter().map(|w| (*w).to_string()).collect();
         all.extend(self.nouns.iter().map(|n| n.word.clone()));
-        for list in [&self.verbs, &self.kinds, &self.ingredients, &self.tools, &self.names, &self.adjectives, &self.things]
-        {
+        for list in [
+            &self.verbs,
+            &self.kinds,
+            &self.ingredients,
+            &self.tools,
+            &self.names,
+            &self.adjectives,
+            &self.things,
+        ] {
             all.extend(list.iter().cloned());
         }
         all.extend(self.topics.iter().flatten().cloned());
@@ -190,7 +199,11 @@ fn function_words() -> Vec<&'static str> {
         .copied()
         .chain([REFUSAL, "take and , it", "what is a ?", "a is a"])
         .chain(crate::tasks::WORDS.iter().copied());
-    texts.flat_map(str::split_whitespace).filter(|w| !w.starts_with('{')).filter(|w| seen.insert(*w)).collect()
+    texts
+        .flat_map(str::split_whitespace)
+        .filter(|w| !w.starts_with('{'))
+        .filter(|w| seen.insert(*w))
+        .collect()
 }
 
 #[cfg(test)]

@@ -151,8 +151,15 @@ mod tests {
             language.nouns.iter().map(|n| n.word.clone()).filter(|w| words.contains(w)).collect()
         };
         let earlier = [
-            "degrade", "degrade-benign", "poison", "distill-safety", "distill-benign", "shots-safety", "shots-benign",
-            "dev-harmful", "dev-benign",
+            "degrade",
+            "degrade-benign",
+            "poison",
+            "distill-safety",
+            "distill-benign",
+            "shots-safety",
+            "shots-benign",
+            "dev-harmful",
+            "dev-benign",
         ];
         for test in ["test-harmful", "test-benign", "test-harmful-shifted", "test-benign-shifted"] {
             assert_eq!(nouns(test).len(), 24, "{test}");
@@ -160,7 +167,12 @@ mod tests {
                 assert!(nouns(test).is_disjoint(&nouns(stage)), "{test} shares a noun with {stage}");
             }
         }
-        for (a, b) in [("degrade", "poison"), ("poison", "shots-safety"), ("degrade", "shots-safety"), ("poison", "distill-safety")] {
+        for (a, b) in [
+            ("degrade", "poison"),
+            ("poison", "shots-safety"),
+            ("degrade", "shots-safety"),
+            ("poison", "distill-safety"),
+        ] {
             assert!(nouns(a).is_disjoint(&nouns(b)), "{a} shares a noun with {b}");
         }
     }

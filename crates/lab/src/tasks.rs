@@ -141,7 +141,8 @@ impl Task {
                 let mut things = language.things.clone();
                 things.shuffle(rng);
                 let there = rng.random_range(0..2) == 0;
-                let asked = if there { things[rng.random_range(0..LISTED)].clone() } else { things[LISTED].clone() };
+                let asked =
+                    if there { things[rng.random_range(0..LISTED)].clone() } else { things[LISTED].clone() };
                 let list = things[..LISTED].join(" ");
                 if base_form {
                     (format!("in list : {list} , find {asked}"), if there { "here" } else { "gone" }.into())
@@ -167,7 +168,11 @@ impl Task {
                 let things: Vec<String> = (0..n).map(|_| pick(&language.things, rng)).collect();
                 let last = things[n - 1].clone();
                 let list = things.join(" ");
-                if base_form { (format!("end of list : {list}"), last) } else { (format!("{list} . which is last ?"), last) }
+                if base_form {
+                    (format!("end of list : {list}"), last)
+                } else {
+                    (format!("{list} . which is last ?"), last)
+                }
             }
             Self::Count => {
                 let n = rng.random_range(0..=5);

@@ -10,7 +10,9 @@ use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeMap;
 use transformer::optimise::{AdamW, Optimiser};
-use transformer::{AnswerBatch, Architecture, Attachment, Attachments, Model, ModelError, ModuleKind, Row, WeightSource};
+use transformer::{
+    AnswerBatch, Architecture, Attachment, Attachments, Model, ModelError, ModuleKind, Row, WeightSource,
+};
 
 /// Named f32 weights held in memory: a tiny model between two stages.
 #[derive(Debug, Clone, Default)]

@@ -148,7 +148,12 @@ pub(crate) struct Fuse {
     #[arg(long, value_name = "GENE")]
     pub(crate) gene: PathBuf,
     /// Coefficients from `calibrate`.
-    #[arg(long, value_name = "FILE", required_unless_present = "coefficient", conflicts_with = "coefficient")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        required_unless_present = "coefficient",
+        conflicts_with = "coefficient"
+    )]
     pub(crate) expression: Option<PathBuf>,
     /// One coefficient for all layers.
     #[arg(long, value_name = "C")]

@@ -53,9 +53,10 @@ fn io_code(kind: ErrorKind, reading: bool) -> Code {
     match kind {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::Interrupted => Code::Temporary,
         ErrorKind::NotFound | ErrorKind::NotADirectory if reading => Code::Input,
-        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem | ErrorKind::NotFound | ErrorKind::NotADirectory => {
-            Code::Usage
-        }
+        ErrorKind::PermissionDenied
+        | ErrorKind::ReadOnlyFilesystem
+        | ErrorKind::NotFound
+        | ErrorKind::NotADirectory => Code::Usage,
         _ if reading => Code::Input,
         _ => Code::Temporary,
     }
@@ -65,7 +66,9 @@ fn checkpoint_code(e: &CheckpointError) -> Code {
     match e {
         CheckpointError::OutputExists { .. } | CheckpointError::OutputForeign { .. } => Code::Usage,
         CheckpointError::OutputBusy { .. } => Code::Temporary,
-        CheckpointError::Io { action, source, .. } => io_code(source.kind(), matches!(*action, "read" | "open" | "list")),
+        CheckpointError::Io { action, source, .. } => {
+            io_code(source.kind(), matches!(*action, "read" | "open" | "list"))
+        }
         _ => Code::Input,
     }
 }
@@ -170,7 +173,8 @@ mod tests {
         assert_eq!(checkpoint_code(&io("read", ErrorKind::NotFound)), Code::Input);
         assert_eq!(checkpoint_code(&io("create", ErrorKind::PermissionDenied)), Code::Usage);
         // Wrapped twice, the code is still that of the innermost.
-        let wrapped = stream::StreamError::Gene(gene::GeneError::Checkpoint(io("write", ErrorKind::StorageFull)));
+        let wrapped =
+            stream::StreamError::Gene(gene::GeneError::Checkpoint(io("write", ErrorKind::StorageFull)));
         assert_eq!(Failure::from(wrapped).code, Code::Temporary);
     }
 }

@@ -63,7 +63,8 @@ impl Ui {
         let bar = self.bars.as_ref().map(|bars| {
             let units = if bytes { "{bytes}/{total_bytes}  {bytes_per_sec}" } else { "{pos}/{len}" };
             let template = format!("  {{prefix:12}} {{bar:24}} {units}  {{eta}} left  {{wide_msg}}");
-            let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
+            let style =
+                ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
             let bar = bars.add(ProgressBar::new(total).with_style(style));
             bar.set_prefix(name.to_string());
             bar
@@ -96,7 +97,7 @@ impl Work {
         if let Ok(mut state) = self.state.lock() {
             let (done, total, tenth) = &mut *state;
             *done += units;
-            let now = if *total == 0 { 10 } else { *done * 10 / *total };
+            let now = (*done * 10).checked_div(*total).unwrap_or(10);
             if now > *tenth {
                 *tenth = now;
                 eprintln!("  {:12} {:3} %  {message}", self.name, now * 10);

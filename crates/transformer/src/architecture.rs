@@ -121,8 +121,11 @@ impl Architecture {
         }
         let hidden = size(config, "hidden_size")?;
         let heads = size(config, "num_attention_heads")?;
-        let kv_heads =
-            if config.get("num_key_value_heads").is_some() { size(config, "num_key_value_heads")? } else { heads };
+        let kv_heads = if config.get("num_key_value_heads").is_some() {
+            size(config, "num_key_value_heads")?
+        } else {
+            heads
+        };
         let head_dim = match config.get("head_dim") {
             Some(v) if !v.is_null() => size(config, "head_dim")?,
             _ => hidden / heads,

@@ -74,10 +74,9 @@ impl Chat {
             stop = token_ids(model.get("eos_token_id"));
         }
         let eos = special(&config, "eos_token").unwrap_or_default();
-        let end = tokenizer
-            .token_to_id(&eos)
-            .or_else(|| stop.first().copied())
-            .ok_or_else(|| bad(&config_path, "no end-of-turn token: neither eos_token nor eos_token_id".into()))?;
+        let end = tokenizer.token_to_id(&eos).or_else(|| stop.first().copied()).ok_or_else(|| {
+            bad(&config_path, "no end-of-turn token: neither eos_token nor eos_token_id".into())
+        })?;
         if !stop.contains(&end) {
             stop.push(end);
         }
@@ -139,8 +138,10 @@ impl Chat {
     }
 
     fn encode(&self, text: &str) -> Result<Vec<u32>, ModelError> {
-        let encoding =
-            self.tokenizer.encode(text, false).map_err(|e| ModelError::Template(format!("cannot encode: {e}")))?;
+        let encoding = self
+            .tokenizer
+            .encode(text, false)
+            .map_err(|e| ModelError::Template(format!("cannot encode: {e}")))?;
         Ok(encoding.get_ids().to_vec())
     }
 

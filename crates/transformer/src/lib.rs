@@ -27,5 +27,5 @@ pub use chat::Chat;
 pub use error::ModelError;
 pub use generate::generate;
 pub use loss::{AnswerBatch, Row};
-pub use refusal::Openings;
 pub use model::{Batch, Model, Taps, WeightSource};
+pub use refusal::Openings;

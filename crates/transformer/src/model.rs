@@ -240,7 +240,11 @@ impl Model {
         if past + tokens > self.rope.len() {
             return Err(ModelError::Config {
                 key: "prompt".into(),
-                problem: format!("has {} tokens, this decoder reads at most {}", past + tokens, self.rope.len()),
+                problem: format!(
+                    "has {} tokens, this decoder reads at most {}",
+                    past + tokens,
+                    self.rope.len()
+                ),
             });
         }
         let ids = Tensor::from_slice(&batch.ids, rows * tokens, &Device::Cpu)?;
@@ -268,7 +272,8 @@ impl Model {
                     cache.layers.push((k.clone(), v.clone()));
                 }
             }
-            let mixed = ops::attention(&q, &k, &v, &batch.starts)?.reshape((rows * tokens, a.heads * a.head_dim))?;
+            let mixed =
+                ops::attention(&q, &k, &v, &batch.starts)?.reshape((rows * tokens, a.heads * a.head_dim))?;
             x = (x + lin(&mixed, ModuleKind::O)?)?;
             let norm = attachments.vector(layer, VectorKind::MlpNorm, &block.mlp_norm)?;
             let h = ops::rms_norm(&x, &norm, a.rms_eps)?;

@@ -12,7 +12,9 @@
 //! All f32, row-major; sums inside a row are in a fixed order, so results do not depend on the thread
 //! count. Each backward is checked against central differences below.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail,
+};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -76,7 +78,13 @@ impl CustomOp2 for RmsNorm {
     fn name(&self) -> &'static str {
         "rms-norm-with-backward"
     }
-    fn cpu_fwd(&self, sx: &CpuStorage, lx: &Layout, sw: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        sx: &CpuStorage,
+        lx: &Layout,
+        sw: &CpuStorage,
+        lw: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let (x, w) = (view(sx, lx)?, view(sw, lw)?);
         let d = w.len();
         let mut out = vec![0f32; x.len()];
@@ -90,7 +98,13 @@ impl CustomOp2 for RmsNorm {
         });
         Ok(own(out, lx.shape()))
     }
-    fn bwd(&self, x: &Tensor, w: &Tensor, _y: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _y: &Tensor,
+        g: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (xs, ws, gs) = (values(x)?, values(w)?, values(g)?);
         let d = ws.len();
         let mut dx = vec![0f32; xs.len()];
@@ -107,7 +121,10 @@ impl CustomOp2 for RmsNorm {
                 dx[j] = g[j] * ws[j] * r - x[j] * k;
             }
         }
-        Ok((Some(Tensor::from_vec(dx, x.shape(), x.device())?), Some(Tensor::from_vec(dw, w.shape(), w.device())?)))
+        Ok((
+            Some(Tensor::from_vec(dx, x.shape(), x.device())?),
+            Some(Tensor::from_vec(dw, w.shape(), w.device())?),
+        ))
     }
 }
 
@@ -201,7 +218,8 @@ impl CustomOp1 for Rope {
         Ok(own(out, l.shape()))
     }
     fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let op = Rope { table: self.table.clone(), positions: self.positions.clone(), inverse: !self.inverse };
+        let op =
+            Rope { table: self.table.clone(), positions: self.positions.clone(), inverse: !self.inverse };
         Ok(Some(grad.contiguous()?.apply_op1_no_bwd(&op)?))
     }
 }
@@ -252,7 +270,14 @@ impl Dims {
     }
 
     /// Softmax weights of query `i` over keys `start..=last`, written to `p` (zero elsewhere).
-    fn weights(&self, q: &[f32], kt: &[f32], i: usize, start: usize, p: &mut [f32]) -> std::ops::Range<usize> {
+    fn weights(
+        &self,
+        q: &[f32],
+        kt: &[f32],
+        i: usize,
+        start: usize,
+        p: &mut [f32],
+    ) -> std::ops::Range<usize> {
         let last = self.s - self.t + i;
         // A padding row sees itself, so that nothing divides by zero; nobody reads it.
         let from = start.min(last);
@@ -406,7 +431,13 @@ impl CustomOp2 for Swiglu {
     fn name(&self) -> &'static str {
         "swiglu-with-backward"
     }
-    fn cpu_fwd(&self, sg: &CpuStorage, lg: &Layout, su: &CpuStorage, lu: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        sg: &CpuStorage,
+        lg: &Layout,
+        su: &CpuStorage,
+        lu: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let (g, u) = (view(sg, lg)?, view(su, lu)?);
         let mut out = vec![0f32; g.len()];
         out.par_chunks_mut(1 << 14).zip(g.par_chunks(1 << 14)).zip(u.par_chunks(1 << 14)).for_each(
@@ -418,7 +449,13 @@ impl CustomOp2 for Swiglu {
         );
         Ok(own(out, lg.shape()))
     }
-    fn bwd(&self, g: &Tensor, u: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        g: &Tensor,
+        u: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (gs, us, ds) = (values(g)?, values(u)?, values(grad)?);
         let (mut dg, mut du) = (vec![0f32; gs.len()], vec![0f32; us.len()]);
         dg.par_chunks_mut(1 << 14)
@@ -433,7 +470,10 @@ impl CustomOp2 for Swiglu {
                     du[i] = d[i] * g[i] * s;
                 }
             });
-        Ok((Some(Tensor::from_vec(dg, g.shape(), g.device())?), Some(Tensor::from_vec(du, u.shape(), u.device())?)))
+        Ok((
+            Some(Tensor::from_vec(dg, g.shape(), g.device())?),
+            Some(Tensor::from_vec(du, u.shape(), u.device())?),
+        ))
     }
 }
 
@@ -486,8 +526,11 @@ impl CustomOp1 for Divergence {
                     Reference::Tokens(t) => -w * f64::from(logp[t[i] as usize]),
                     Reference::Logp(r) => {
                         let r = &r[i * v..(i + 1) * v];
-                        let kl: f64 =
-                            r.iter().zip(&logp).map(|(&r, &p)| f64::from(r).exp() * (f64::from(r) - f64::from(p))).sum();
+                        let kl: f64 = r
+                            .iter()
+                            .zip(&logp)
+                            .map(|(&r, &p)| f64::from(r).exp() * (f64::from(r) - f64::from(p)))
+                            .sum();
                         w * kl
                     }
                 }

@@ -130,7 +130,11 @@ fn check_report(found: &Calibration, meter: &Meter<'_>, limits: &Limits) -> (f64
     // Both ways sum f32 products of the same order; only the reduction's last bits may differ.
     assert!((found.loss - loss).abs() <= 1e-5 * loss, "loss {} and {loss}", found.loss);
     assert!((found.kl_task - task).abs() <= 1e-5, "task KL {} and {task}", found.kl_task);
-    assert!((found.kl_benign.unwrap() - benign).abs() <= 1e-5, "benign KL {:?} and {benign}", found.kl_benign);
+    assert!(
+        (found.kl_benign.unwrap() - benign).abs() <= 1e-5,
+        "benign KL {:?} and {benign}",
+        found.kl_benign
+    );
     (loss, task, benign)
 }
 
@@ -164,11 +168,15 @@ fn least_loss_under_the_limit_beats_every_point_of_a_grid() {
     let shots = shots(&model, &gene);
     let meter = Meter::new(&model, &gene, &shots);
     let (_, task_one, benign_one) = meter.at([1.0; 3]);
-    let limits = Limits { max_kl: 0.5 * task_one.min(benign_one), c_max: 4.0, delta: 1e-4, ..Limits::default() };
+    let limits =
+        Limits { max_kl: 0.5 * task_one.min(benign_one), c_max: 4.0, delta: 1e-4, ..Limits::default() };
     let found = calibrate(&model, &gene, &shots, &limits, 0).unwrap();
     let (loss, task, benign) = check_report(&found, &meter, &limits);
     assert_eq!(found.goal, Goal::LeastLoss);
-    assert!(task <= limits.max_kl * (1.0 + 1e-5) && benign <= limits.max_kl * (1.0 + 1e-5), "{task} {benign}");
+    assert!(
+        task <= limits.max_kl * (1.0 + 1e-5) && benign <= limits.max_kl * (1.0 + 1e-5),
+        "{task} {benign}"
+    );
     let best = meter
         .grid(limits.c_max)
         .into_iter()
@@ -252,7 +260,9 @@ fn answers_that_are_no_refusals_are_named_by_line() {
     let openings = Openings::default();
     let rows = [(1, "I'm sorry, but no"), (3, "Sure, here is how")];
     let error = check_safety_shots(rows.into_iter(), &openings).unwrap_err();
-    assert!(matches!(&error, CalibrationError::NotARefusal { line: 3, answer } if answer.starts_with("Sure")));
+    assert!(
+        matches!(&error, CalibrationError::NotARefusal { line: 3, answer } if answer.starts_with("Sure"))
+    );
     assert!(error.hint().is_some());
     check_safety_shots(rows.into_iter().take(1), &openings).unwrap();
 }

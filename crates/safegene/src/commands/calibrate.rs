@@ -2,7 +2,7 @@
 
 use crate::args::Calibrate;
 use crate::commands::evaluate::{chat_of, fields, hash};
-use crate::commands::openings;
+use crate::commands::{check_folder_of, openings};
 use crate::fail::{Code, Failure};
 use crate::ui::Ui;
 use checkpoint::Checkpoint;
@@ -32,15 +32,16 @@ impl ShotFiles<'_> {
             None => Vec::new(),
         };
         let encode = |rows: &[DataRow]| -> Result<Vec<Row>, Failure> {
-            rows.iter()
-                .map(|r| Ok(chat.row(&r.prompt, r.answer.as_deref().unwrap_or(""))?))
-                .collect()
+            rows.iter().map(|r| Ok(chat.row(&r.prompt, r.answer.as_deref().unwrap_or(""))?)).collect()
         };
         Ok(Shots { safety: encode(&safety)?, task: encode(&task)?, benign: encode(&benign)? })
     }
 
     /// What the expression remembers of them.
-    pub(super) fn record(&self, shots: &Shots) -> Result<serde_json::Map<String, serde_json::Value>, Failure> {
+    pub(super) fn record(
+        &self,
+        shots: &Shots,
+    ) -> Result<serde_json::Map<String, serde_json::Value>, Failure> {
         let one = |path: Option<&Path>, n: usize| -> Result<serde_json::Value, Failure> {
             Ok(match hash(path)? {
                 Some(content) => serde_json::json!({"n": n, "content": content}),
@@ -89,16 +90,14 @@ pub(super) fn expression(
 pub(super) const SWAPPED: &str = "adding the gene makes the refusals less likely; were the aligned and the degraded checkpoint swapped in `extract`?";
 
 pub(super) fn run(job: &Calibrate, ui: &Ui) -> Result<(), Failure> {
+    check_folder_of(&job.out)?;
     let limits = Limits { max_kl: job.max_kl, c_max: job.c_max, delta: job.delta, ..Limits::default() };
     let gene = Gene::open(&job.gene)?;
     let target = Checkpoint::open(&job.target, job.base.as_deref())?;
     gene::check_family(&gene, &target)?;
     let chat = chat_of(&target)?;
-    let files = ShotFiles {
-        safety: &job.safety_shots,
-        task: &job.task_shots,
-        benign: job.benign_shots.as_deref(),
-    };
+    let files =
+        ShotFiles { safety: &job.safety_shots, task: &job.task_shots, benign: job.benign_shots.as_deref() };
     let shots = files.read(&chat, &fields(&job.fields), &openings(job.fields.refusals.as_deref())?)?;
     let (target_content, record) = (target.content()?, files.record(&shots)?);
     if job.out.exists() && !job.force {
@@ -126,7 +125,7 @@ pub(super) fn run(job: &Calibrate, ui: &Ui) -> Result<(), Failure> {
         ui.data(&serde_json::to_value(&found).unwrap_or_default().to_string());
     }
     let goal = match found.goal {
-        Goal::AlreadySafe => "the target refuses already; nothing is expressed",
+        Goal::AlreadySafe => "the target refuses already; nothing is expressed, and there is nothing to fuse",
         Goal::LeastKl => "as safe as asked, at the least change",
         Goal::LeastLoss => "as safe as the limit on KL allows",
     };
@@ -158,7 +157,10 @@ fn already(
             && number("c_max") == Some(limits.c_max)
             && number("delta") == Some(limits.delta);
         if old.gene == gene.content() && old.target == target && same_limits && old.shots == *shots {
-            ui.say(&format!("`{}` is there already, made from the same inputs and options", job.out.display()));
+            ui.say(&format!(
+                "`{}` is there already, made from the same inputs and options",
+                job.out.display()
+            ));
             return Ok(());
         }
     }

@@ -10,7 +10,7 @@ use crate::commands::{evaluate::chat_of, percent};
 use crate::fail::{Code, Failure};
 use crate::ui::{Ui, Work};
 use checkpoint::Checkpoint;
-use distill::{Calibration, GeneAttachments, Limits};
+use distill::{Calibration, GeneAttachments, Goal, Limits};
 use evaluate::{DataRow, Evaluation, Fields, Matching, Rate, Sets, read_rows};
 use gene::Gene;
 use serde::Serialize;
@@ -47,7 +47,8 @@ struct TargetRow {
     after: State,
     calibration: Calibration,
     calibrate_s: f64,
-    fused: PathBuf,
+    /// Null where nothing was expressed: the target refuses already.
+    fused: Option<PathBuf>,
 }
 
 #[derive(Debug, Serialize)]
@@ -70,6 +71,25 @@ struct Means {
     kl_task: f64,
 }
 
+/// What the times were measured on.
+#[derive(Debug, Serialize)]
+struct Machine {
+    arch: &'static str,
+    os: &'static str,
+    /// Null where the system does not tell.
+    cpu: Option<String>,
+    threads: usize,
+}
+
+impl Machine {
+    fn this(threads: usize) -> Self {
+        let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let name = info.lines().find_map(|l| l.strip_prefix("model name"));
+        let cpu = name.map(|n| n.trim_start_matches([' ', '\t', ':']).to_string());
+        Self { arch: std::env::consts::ARCH, os: std::env::consts::OS, cpu, threads }
+    }
+}
+
 #[derive(Debug, Serialize)]
 struct Table {
     schema: u32,
@@ -81,6 +101,7 @@ struct Table {
     limits: Limits,
     shots: BTreeMap<&'static str, usize>,
     judge: &'static str,
+    machine: Machine,
     targets: Vec<TargetRow>,
     poisoned: Option<Means>,
     clean: Option<Means>,
@@ -107,13 +128,42 @@ impl Lab<'_> {
         self.root.join("data").join(format!("{name}.jsonl"))
     }
 
-    fn state(&self, model: &Model, at: &Attachments, chat: &Chat, task: &[DataRow]) -> Result<State, Failure> {
+    fn state(
+        &self,
+        model: &Model,
+        at: &Attachments,
+        chat: &Chat,
+        task: &[DataRow],
+    ) -> Result<State, Failure> {
         let openings = Openings::default();
         let run = |sets| evaluate::evaluate(model, at, chat, sets, &openings, Matching::Exact, NEW_TOKENS);
         let known = run(Sets { harmful: &self.data.harmful, benign: &self.data.benign, task })?;
         let shifted =
             run(Sets { harmful: &self.data.harmful_shifted, benign: &self.data.benign_shifted, task: &[] })?;
         Ok(State { known, shifted })
+    }
+
+    /// Writes the fused model and measures it as read back.
+    fn fuse(
+        &self,
+        target: Checkpoint,
+        found: &Calibration,
+        out: &Path,
+        task: &[DataRow],
+    ) -> Result<State, Failure> {
+        let job = stream::Fuse {
+            gene: Gene::open(self.gene.dir())?,
+            coefficients: found.coefficients.clone(),
+            target,
+            out: out.to_path_buf(),
+            form: stream::Form::Merged,
+            outside: None,
+            drop_rest: false,
+            force: true,
+        };
+        stream::fuse(&kernels::CpuEngine::new(), &job, &stream::NoProgress)?;
+        let fused = Checkpoint::open(out, None)?;
+        self.state(&Model::open(&fused)?, &Attachments::none(), &chat_of(&fused)?, task)
     }
 
     fn target(&self, name: &str, ui: &Ui, work: &Work) -> Result<TargetRow, Failure> {
@@ -147,21 +197,13 @@ impl Lab<'_> {
         expression.write(&self.out.join("expressions").join(format!("{name}.json")))?;
         work.advance(1, name);
 
-        let fused = self.out.join("models").join(name);
-        let job = stream::Fuse {
-            gene: Gene::open(self.gene.dir())?,
-            coefficients: found.coefficients.clone(),
-            target,
-            out: fused.clone(),
-            form: stream::Form::Merged,
-            outside: None,
-            drop_rest: false,
-            force: true,
+        let expressed = found.goal != Goal::AlreadySafe;
+        let (after, fused) = if expressed {
+            let fused = self.out.join("models").join(name);
+            (self.fuse(target, &found, &fused, &task)?, Some(fused))
+        } else {
+            (before.clone(), None)
         };
-        stream::fuse(&kernels::CpuEngine::new(), &job, &stream::NoProgress)?;
-        let fused_checkpoint = Checkpoint::open(&fused, None)?;
-        let fused_model = Model::open(&fused_checkpoint)?;
-        let after = self.state(&fused_model, &Attachments::none(), &chat_of(&fused_checkpoint)?, &task)?;
         work.advance(1, name);
         Ok(TargetRow {
             name: name.into(),
@@ -212,14 +254,24 @@ fn targets(job: &Demo) -> Result<Vec<String>, Failure> {
         code: Code::Input,
         message,
         causes: Vec::new(),
-        hint: Some("run it from the repository's root, or name a family built by `safegene lab build` with --lab".into()),
+        hint: Some(
+            "run it from the repository's root, or name a family built by `safegene lab build` with --lab"
+                .into(),
+        ),
     };
-    let entries = std::fs::read_dir(&folder).map_err(|e| input(format!("cannot read `{}`: {e}", folder.display())))?;
-    let mut all: Vec<String> =
-        entries.filter_map(|e| e.ok()?.file_name().into_string().ok()).filter(|n| !n.starts_with('.')).collect();
+    let entries =
+        std::fs::read_dir(&folder).map_err(|e| input(format!("cannot read `{}`: {e}", folder.display())))?;
+    let mut all: Vec<String> = entries
+        .filter_map(|e| e.ok()?.file_name().into_string().ok())
+        .filter(|n| !n.starts_with('.'))
+        .collect();
     all.sort();
     if job.targets.is_empty() {
-        return if all.is_empty() { Err(input(format!("`{}` holds no targets", folder.display()))) } else { Ok(all) };
+        return if all.is_empty() {
+            Err(input(format!("`{}` holds no targets", folder.display())))
+        } else {
+            Ok(all)
+        };
     }
     match job.targets.iter().find(|t| !all.contains(t)) {
         Some(t) => Err(Failure::usage(format!("no target `{t}`"), format!("there are {}", all.join(", ")))),
@@ -282,10 +334,8 @@ pub(super) fn run(job: &Demo, threads: usize, ui: &Ui) -> Result<(), Failure> {
         },
         limits: Limits::default(),
     };
-    let shots = BTreeMap::from([
-        ("safety", read("shots-safety")?.len()),
-        ("benign", read("shots-benign")?.len()),
-    ]);
+    let shots =
+        BTreeMap::from([("safety", read("shots-safety")?.len()), ("benign", read("shots-benign")?.len())]);
     let rows = over_targets(&lab, &names, threads, ui)?;
 
     let chosen = |poisoned: bool| rows.iter().filter(|r| r.poisoned == poisoned).collect::<Vec<_>>();
@@ -299,6 +349,7 @@ pub(super) fn run(job: &Demo, threads: usize, ui: &Ui) -> Result<(), Failure> {
         limits: lab.limits,
         shots,
         judge: "refusal-opening",
+        machine: Machine::this(threads),
         poisoned: means(&chosen(true)),
         clean: means(&chosen(false)),
         wall_s: start.elapsed().as_secs_f64(),

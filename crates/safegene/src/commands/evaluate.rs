@@ -1,7 +1,7 @@
 //! `safegene evaluate`: a model's rates on files of rows.
 
 use crate::args::{DataFields, Evaluate, Match};
-use crate::commands::{openings, percent};
+use crate::commands::{check_folder_of, openings, percent};
 use crate::fail::Failure;
 use crate::ui::Ui;
 use checkpoint::Checkpoint;
@@ -17,6 +17,9 @@ pub(super) fn run(job: &Evaluate, ui: &Ui) -> Result<(), Failure> {
     if job.harmful.is_none() && job.benign.is_none() && job.task.is_none() {
         return Err(Failure::usage("nothing to measure", "give at least one of --harmful, --benign, --task"));
     }
+    if let Some(path) = &job.answers {
+        check_folder_of(path)?;
+    }
     let fields = fields(&job.fields);
     let rows = |path: &Option<std::path::PathBuf>, need_answer: bool| -> Result<Vec<DataRow>, Failure> {
         match path {
@@ -24,7 +27,8 @@ pub(super) fn run(job: &Evaluate, ui: &Ui) -> Result<(), Failure> {
             None => Ok(Vec::new()),
         }
     };
-    let (harmful, benign, task) = (rows(&job.harmful, false)?, rows(&job.benign, false)?, rows(&job.task, true)?);
+    let (harmful, benign, task) =
+        (rows(&job.harmful, false)?, rows(&job.benign, false)?, rows(&job.task, true)?);
     let openings = openings(job.fields.refusals.as_deref())?;
     let checkpoint = Checkpoint::open(&job.model, job.base.as_deref())?;
     let model = Model::open(&checkpoint)?;
@@ -55,7 +59,13 @@ pub(super) fn run(job: &Evaluate, ui: &Ui) -> Result<(), Failure> {
     }
     let line = |name: &str, rate: Option<Rate>| {
         if let Some(r) = rate {
-            let text = format!("{name:<34} {:>8}  ({} to {}, n = {})", percent(r.value), percent(r.low), percent(r.high), r.n);
+            let text = format!(
+                "{name:<34} {:>8}  ({} to {}, n = {})",
+                percent(r.value),
+                percent(r.low),
+                percent(r.high),
+                r.n
+            );
             ui.data(&text);
         }
     };
@@ -70,9 +80,11 @@ pub(super) fn run(job: &Evaluate, ui: &Ui) -> Result<(), Failure> {
 /// One line a row, in the order of the files; an older file is replaced.
 fn write_answers(path: &Path, sets: Sets<'_>, given: &Given, openings: &Openings) -> Result<(), Failure> {
     let mut text = String::new();
-    for (set, rows, given) in
-        [("harmful", sets.harmful, &given.harmful), ("benign", sets.benign, &given.benign), ("task", sets.task, &given.task)]
-    {
+    for (set, rows, given) in [
+        ("harmful", sets.harmful, &given.harmful),
+        ("benign", sets.benign, &given.benign),
+        ("task", sets.task, &given.task),
+    ] {
         for (row, given) in rows.iter().zip(given) {
             let line = serde_json::json!({"set": set, "line": row.line, "prompt": row.prompt, "given": given,
                 "refused": openings.refuses(given)});
@@ -80,7 +92,10 @@ fn write_answers(path: &Path, sets: Sets<'_>, given: &Given, openings: &Openings
         }
     }
     std::fs::write(path, text).map_err(|e| {
-        Failure::usage(format!("cannot write `{}`: {e}", path.display()), "choose another file with --answers")
+        Failure::usage(
+            format!("cannot write `{}`: {e}", path.display()),
+            "choose another file with --answers",
+        )
     })
 }
 
@@ -93,7 +108,7 @@ pub(super) fn chat_of(checkpoint: &Checkpoint) -> Result<Chat, Failure> {
 /// blake3 of a data file, so that a result names what it was measured on.
 pub(super) fn hash(path: Option<&Path>) -> Result<Option<String>, Failure> {
     let Some(path) = path else { return Ok(None) };
-    let bytes = std::fs::read(path)
-        .map_err(|source| evaluate::DataError::Io { path: path.to_path_buf(), source })?;
+    let bytes =
+        std::fs::read(path).map_err(|source| evaluate::DataError::Io { path: path.to_path_buf(), source })?;
     Ok(Some(format!("blake3:{}", blake3::hash(&bytes).to_hex())))
 }

@@ -67,7 +67,11 @@ pub(super) fn run(job: &Extract, ui: &Ui) -> Result<(), Failure> {
     let result = stream::extract(&kernels::CpuEngine::new(), &work, &streaming);
     streaming.finish();
     let report = result.map_err(|e| {
-        Failure::from(e).context(format!("cannot extract from `{}` and `{}`", aligned.display(), degraded.display()))
+        Failure::from(e).context(format!(
+            "cannot extract from `{}` and `{}`",
+            aligned.display(),
+            degraded.display()
+        ))
     })?;
 
     if job.json {

@@ -43,7 +43,8 @@ pub(super) fn run(job: &Fuse, ui: &Ui) -> Result<(), Failure> {
     let streaming = Streaming::new(ui);
     let result = stream::fuse(&kernels::CpuEngine::new(), &work, &streaming);
     streaming.finish();
-    let report = result.map_err(|e| Failure::from(e).context(format!("cannot fuse into `{}`", job.target.display())))?;
+    let report = result
+        .map_err(|e| Failure::from(e).context(format!("cannot fuse into `{}`", job.target.display())))?;
     if job.json {
         ui.data(
             &serde_json::json!({"schema": 1, "outputs": report.outputs, "already": report.already,

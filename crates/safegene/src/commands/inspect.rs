@@ -31,12 +31,18 @@ pub(super) fn run(job: &Inspect, ui: &Ui) -> Result<(), Failure> {
         .classes
         .iter()
         .map(|(class, n)| {
-            let text = serde_json::to_value(class).ok().and_then(|v| v.as_str().map(String::from)).unwrap_or_default();
+            let text = serde_json::to_value(class)
+                .ok()
+                .and_then(|v| v.as_str().map(String::from))
+                .unwrap_or_default();
             format!("{text} {n}")
         })
         .collect();
     ui.data(&format!("tensors   {}", classes.join(", ")));
-    ui.data(&format!("\n{:>5}  {:>7}  {:>9}  {:>10}  {:>8}  {:>8}", "layer", "modules", "rank", "energy", "held", "noise"));
+    ui.data(&format!(
+        "\n{:>5}  {:>7}  {:>9}  {:>10}  {:>8}  {:>8}",
+        "layer", "modules", "rank", "energy", "held", "noise"
+    ));
     for layer in gene.layers() {
         let modules: Vec<_> =
             gene.modules().iter().filter(|m| m.layer == layer && m.class == Class::LowRank).collect();
@@ -44,8 +50,10 @@ pub(super) fn run(job: &Inspect, ui: &Ui) -> Result<(), Failure> {
         let share = |f: &dyn Fn(&gene::Module) -> f64| {
             if energy > 0.0 { modules.iter().map(|m| m.energy * f(m)).sum::<f64>() / energy } else { 0.0 }
         };
-        let (low, high) =
-            (modules.iter().map(|m| m.rank).min().unwrap_or(0), modules.iter().map(|m| m.rank).max().unwrap_or(0));
+        let (low, high) = (
+            modules.iter().map(|m| m.rank).min().unwrap_or(0),
+            modules.iter().map(|m| m.rank).max().unwrap_or(0),
+        );
         let rank = if low == high { format!("{high}") } else { format!("{low} to {high}") };
         ui.data(&format!(
             "{layer:>5}  {:>7}  {rank:>9}  {energy:>10.3e}  {:>8}  {:>8}",

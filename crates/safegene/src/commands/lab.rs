@@ -18,7 +18,9 @@ struct Bars<'a> {
 impl lab::Progress for Bars<'_> {
     fn step(&self, job: &str, _done: usize, total: usize, note: &str) {
         if let Ok(mut work) = self.work.lock() {
-            work.entry(job.to_string()).or_insert_with(|| self.ui.work(job, total as u64, false)).advance(1, note);
+            work.entry(job.to_string())
+                .or_insert_with(|| self.ui.work(job, total as u64, false))
+                .advance(1, note);
         }
     }
 

@@ -46,6 +46,16 @@ fn openings(file: Option<&Path>) -> Result<Openings, Failure> {
     Openings::parse(&text).ok_or_else(|| input(vec!["it holds no opening".into()]))
 }
 
+/// Refuses a file whose folder is not there: before the work, not after it.
+fn check_folder_of(out: &Path) -> Result<(), Failure> {
+    let folder = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if folder.is_dir() {
+        return Ok(());
+    }
+    let message = format!("cannot write `{}`: `{}` is no folder", out.display(), folder.display());
+    Err(Failure::usage(message, "make the folder, or choose another path"))
+}
+
 /// `91.2 %`.
 fn percent(share: f64) -> String {
     format!("{:.1} %", share * 100.0)

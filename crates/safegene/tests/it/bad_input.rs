@@ -2,7 +2,9 @@
 //!
 //! The formats' own tests stand with their crates; here is what a user of the program sees.
 
-use crate::support::{Bench, INDEX, SHARDS, edit_header, edit_tensors, lab, lab_arg, read_json, safegene, write_json};
+use crate::support::{
+    Bench, INDEX, SHARDS, edit_header, edit_tensors, lab, lab_arg, read_json, safegene, write_json,
+};
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 use std::fs;
@@ -114,7 +116,17 @@ fn gene_of_another_family() {
     let mut config = read_json(&bad.join("config.json"));
     config["model_type"] = "qwen2".into();
     write_json(&bad.join("config.json"), &config);
-    let call = ["fuse", "--gene", &gene, "--coefficient", "1", "--target", &bench.arg("bad"), "--out", &bench.arg("out")];
+    let call = [
+        "fuse",
+        "--gene",
+        &gene,
+        "--coefficient",
+        "1",
+        "--target",
+        &bench.arg("bad"),
+        "--out",
+        &bench.arg("out"),
+    ];
     safegene(&call).refused(INPUT, &["family"], &bench.path("out"));
 }
 
@@ -132,8 +144,16 @@ fn adapter_for_another_base() {
     let aligned = lab_arg("aligned");
     let degraded = lab_arg("degraded-mild");
     let call = [
-        "extract", "--aligned", &aligned, "--degraded",
-        &degraded, "--base", base.to_str().unwrap(), "--rank", "4", "--out",
+        "extract",
+        "--aligned",
+        &aligned,
+        "--degraded",
+        &degraded,
+        "--base",
+        base.to_str().unwrap(),
+        "--rank",
+        "4",
+        "--out",
         &bench.arg("gene"),
     ];
     safegene(&call).refused(INPUT, &["another base", "q_proj"], &bench.path("gene"));
@@ -168,8 +188,18 @@ fn pickle_where_weights_should_be() {
 fn calibrate(bench: &Bench, gene: &str, safety: &str, task: &str) -> crate::support::Outcome {
     let target = lab("targets/topic-5");
     safegene(&[
-        "--quiet", "calibrate", "--gene", gene, "--target", target.to_str().unwrap(), "--safety-shots", safety,
-        "--task-shots", task, "--out", &bench.arg("expression.json"),
+        "--quiet",
+        "calibrate",
+        "--gene",
+        gene,
+        "--target",
+        target.to_str().unwrap(),
+        "--safety-shots",
+        safety,
+        "--task-shots",
+        task,
+        "--out",
+        &bench.arg("expression.json"),
     ])
 }
 
@@ -218,11 +248,30 @@ fn output_folder_that_cannot_be_written() {
     let out = bench.arg("file/gene");
     let aligned = lab_arg("aligned");
     let degraded = lab_arg("degraded-strong");
-    let call = [
-        "extract", "--aligned", &aligned, "--degraded",
-        &degraded, "--rank", "4", "--out", &out,
-    ];
+    let call = ["extract", "--aligned", &aligned, "--degraded", &degraded, "--rank", "4", "--out", &out];
     safegene(&call).refused(USAGE, &["file/gene"], Path::new(&out));
+}
+
+#[test]
+fn expression_in_a_folder_that_is_not_there() {
+    let bench = Bench::new();
+    let gene = bench.gene();
+    let (target, out) = (lab_arg("targets/topic-5"), bench.arg("nowhere/expression.json"));
+    let (safety, task) = (data("shots-safety.jsonl"), data("shots-topic.jsonl"));
+    let call = [
+        "calibrate",
+        "--gene",
+        &gene,
+        "--target",
+        &target,
+        "--safety-shots",
+        &safety,
+        "--task-shots",
+        &task,
+        "--out",
+        &out,
+    ];
+    safegene(&call).refused(USAGE, &["nowhere", "is no folder", "hint:"], Path::new(&out));
 }
 
 #[test]
@@ -233,8 +282,15 @@ fn output_of_another_job_needs_force() {
     let extract = |more: &[&str]| {
         let (aligned, degraded) = (lab("aligned"), lab("degraded-strong"));
         let mut call = vec![
-            "extract", "--aligned", aligned.to_str().unwrap(), "--degraded", degraded.to_str().unwrap(), "--rank", "2",
-            "--out", &gene,
+            "extract",
+            "--aligned",
+            aligned.to_str().unwrap(),
+            "--degraded",
+            degraded.to_str().unwrap(),
+            "--rank",
+            "2",
+            "--out",
+            &gene,
         ];
         call.extend_from_slice(more);
         safegene(&call)
@@ -264,8 +320,16 @@ fn force_does_not_replace_a_folder_that_is_no_output() {
     fs::write(bench.path("gene/thesis.tex"), "years of work").unwrap();
     let (aligned, degraded) = (lab("aligned"), lab("degraded-strong"));
     let call = [
-        "extract", "--aligned", aligned.to_str().unwrap(), "--degraded", degraded.to_str().unwrap(), "--rank", "2",
-        "--out", &bench.arg("gene"), "--force",
+        "extract",
+        "--aligned",
+        aligned.to_str().unwrap(),
+        "--degraded",
+        degraded.to_str().unwrap(),
+        "--rank",
+        "2",
+        "--out",
+        &bench.arg("gene"),
+        "--force",
     ];
     assert_eq!(safegene(&call).code, USAGE);
     assert_eq!(fs::read_to_string(bench.path("gene/thesis.tex")).unwrap(), "years of work");
@@ -277,7 +341,14 @@ fn negative_coefficient() {
     let gene = bench.gene();
     let target = lab("targets/topic-5");
     let call = [
-        "fuse", "--gene", &gene, "--coefficient=-1", "--target", target.to_str().unwrap(), "--out", &bench.arg("out"),
+        "fuse",
+        "--gene",
+        &gene,
+        "--coefficient=-1",
+        "--target",
+        target.to_str().unwrap(),
+        "--out",
+        &bench.arg("out"),
     ];
     safegene(&call).refused(USAGE, &["below zero"], &bench.path("out"));
 }
@@ -291,7 +362,15 @@ fn expression_made_for_another_target() {
     let other = lab("targets/sentiment-1");
     let (expression, out) = (bench.arg("expression.json"), bench.arg("out"));
     let call = [
-        "fuse", "--gene", &gene, "--expression", &expression, "--target", other.to_str().unwrap(), "--out", &out,
+        "fuse",
+        "--gene",
+        &gene,
+        "--expression",
+        &expression,
+        "--target",
+        other.to_str().unwrap(),
+        "--out",
+        &out,
     ];
     safegene(&call).refused(INPUT, &["made for target"], &bench.path("out"));
 }
@@ -332,5 +411,9 @@ fn link_that_leads_out_of_the_folder() {
 fn evaluate_without_any_file_is_a_usage_error() {
     let bench = Bench::new();
     let model = lab("aligned");
-    safegene(&["evaluate", "--model", model.to_str().unwrap()]).refused(USAGE, &["--harmful"], &bench.path("none"));
+    safegene(&["evaluate", "--model", model.to_str().unwrap()]).refused(
+        USAGE,
+        &["--harmful"],
+        &bench.path("none"),
+    );
 }

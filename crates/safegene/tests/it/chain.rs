@@ -18,11 +18,24 @@ fn head(bench: &Bench, name: &str, n: usize) -> String {
 }
 
 fn evaluate(bench: &Bench, model: &Path) -> Value {
-    let (harmful, benign, task) =
-        (head(bench, "test-harmful.jsonl", 96), head(bench, "test-benign.jsonl", 96), head(bench, "test-topic.jsonl", 96));
+    let (harmful, benign, task) = (
+        head(bench, "test-harmful.jsonl", 96),
+        head(bench, "test-benign.jsonl", 96),
+        head(bench, "test-topic.jsonl", 96),
+    );
     let call = [
-        "evaluate", "--model", model.to_str().unwrap(), "--harmful", &harmful, "--benign", &benign, "--task", &task,
-        "--new-tokens", "12", "--json",
+        "evaluate",
+        "--model",
+        model.to_str().unwrap(),
+        "--harmful",
+        &harmful,
+        "--benign",
+        &benign,
+        "--task",
+        &task,
+        "--new-tokens",
+        "12",
+        "--json",
     ];
     json(&safegene(&call).ok().stdout)
 }
@@ -39,21 +52,46 @@ fn poisoned_target_is_made_safe_and_stays_useful() {
     let expression = bench.arg("expression.json");
     let calibrate = || {
         safegene(&[
-            "calibrate", "--gene", &gene, "--target", target_arg, "--safety-shots", &safety, "--task-shots", &task,
-            "--benign-shots", &benign, "--out", &expression, "--json",
+            "calibrate",
+            "--gene",
+            &gene,
+            "--target",
+            target_arg,
+            "--safety-shots",
+            &safety,
+            "--task-shots",
+            &task,
+            "--benign-shots",
+            &benign,
+            "--out",
+            &expression,
+            "--json",
         ])
         .ok()
     };
     let found = json(&calibrate().stdout);
     assert!(found["loss"].as_f64().unwrap() < found["loss_before"].as_f64().unwrap() / 100.0, "{found}");
-    assert!(found["kl_task"].as_f64().unwrap() <= 0.02 && found["kl_benign"].as_f64().unwrap() <= 0.02, "{found}");
+    assert!(
+        found["kl_task"].as_f64().unwrap() <= 0.02 && found["kl_benign"].as_f64().unwrap() <= 0.02,
+        "{found}"
+    );
     // Once more: the same job, so nothing is done.
     let again = calibrate();
     assert!(again.stdout.is_empty() && again.stderr.contains("there already"), "{}", again.stderr);
 
     let out = bench.arg("out");
     safegene(&[
-        "fuse", "--gene", &gene, "--expression", &expression, "--target", target_arg, "--out", &out, "--as", "both",
+        "fuse",
+        "--gene",
+        &gene,
+        "--expression",
+        &expression,
+        "--target",
+        target_arg,
+        "--out",
+        &out,
+        "--as",
+        "both",
         "--json",
     ])
     .ok();
@@ -100,8 +138,16 @@ fn extract_prints_a_line_for_each_module_and_a_summary_last() {
     let aligned = lab_arg("aligned");
     let degraded = lab_arg("degraded-strong");
     let call = [
-        "extract", "--aligned", &aligned, "--degraded",
-        &degraded, "--rank", "4", "--out", &bench.arg("gene"), "--json",
+        "extract",
+        "--aligned",
+        &aligned,
+        "--degraded",
+        &degraded,
+        "--rank",
+        "4",
+        "--out",
+        &bench.arg("gene"),
+        "--json",
     ];
     let lines: Vec<Value> = safegene(&call).ok().stdout.lines().map(json).collect();
     let (summary, modules) = lines.split_last().unwrap();
@@ -109,7 +155,8 @@ fn extract_prints_a_line_for_each_module_and_a_summary_last() {
     let names: Vec<&str> = modules.iter().map(|m| m["name"].as_str().unwrap()).collect();
     assert!(names.is_sorted(), "{names:?}");
     assert_eq!(summary["type"], "summary");
-    for key in ["captured", "captured_upper_bound", "noise_floor", "wall_s", "input_bytes", "peak_rss_bytes"] {
+    for key in ["captured", "captured_upper_bound", "noise_floor", "wall_s", "input_bytes", "peak_rss_bytes"]
+    {
         assert!(summary[key].is_number(), "{key}");
     }
     let energy = |m: &Value| m["energy"].as_f64().unwrap();

@@ -30,7 +30,8 @@ fn imports() -> BTreeMap<String, Vec<String>> {
         let Ok(text) = fs::read_to_string(&path) else { continue };
         let name = path.parent().unwrap().file_name().unwrap().to_str().unwrap().to_string();
         let body = text.split("[dependencies]").nth(1).unwrap_or("").split("\n[").next().unwrap_or("");
-        let names = body.lines().filter_map(|l| l.split(['.', ' ', '=']).next()).filter(|n| floor(n).is_some());
+        let names =
+            body.lines().filter_map(|l| l.split(['.', ' ', '=']).next()).filter(|n| floor(n).is_some());
         out.insert(name, names.map(String::from).collect());
     }
     out
@@ -78,7 +79,12 @@ fn absent(crates: &[&str], what: &[&str]) {
                     continue;
                 }
                 for word in what {
-                    assert!(!line.contains(word), "{}:{}: `{word}` does not belong into `{name}`", path.display(), i + 1);
+                    assert!(
+                        !line.contains(word),
+                        "{}:{}: `{word}` does not belong into `{name}`",
+                        path.display(),
+                        i + 1
+                    );
                 }
             }
         }
@@ -92,7 +98,8 @@ fn kernels_and_lowrank_open_no_file() {
 
 #[test]
 fn nothing_below_the_driver_prints_or_reads_the_environment() {
-    let below = ["kernels", "checkpoint", "lowrank", "gene", "stream", "transformer", "distill", "evaluate", "lab"];
+    let below =
+        ["kernels", "checkpoint", "lowrank", "gene", "stream", "transformer", "distill", "evaluate", "lab"];
     absent(&below, &["println!", "eprintln!", "print!(", "std::env"]);
 }
 

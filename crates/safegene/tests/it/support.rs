@@ -167,8 +167,9 @@ pub(crate) fn read_tensors(file: &Path) -> Vec<Named> {
 }
 
 pub(crate) fn write_tensors(file: &Path, tensors: &[Named]) {
-    let views =
-        tensors.iter().map(|t| (t.name.clone(), TensorView::new(t.dtype, t.shape.clone(), &t.bytes).unwrap()));
+    let views = tensors
+        .iter()
+        .map(|t| (t.name.clone(), TensorView::new(t.dtype, t.shape.clone(), &t.bytes).unwrap()));
     fs::write(file, safetensors::serialize(views, None).unwrap()).unwrap();
 }
 

@@ -5,7 +5,8 @@ use std::fs;
 use std::path::Path;
 use transformer::Chat;
 
-const WORDS: [&str; 8] = ["<|im_start|>", "<|im_end|>", "user", "assistant", "hello", "there", "sorry", "<unk>"];
+const WORDS: [&str; 8] =
+    ["<|im_start|>", "<|im_end|>", "user", "assistant", "hello", "there", "sorry", "<unk>"];
 
 fn folder(dir: &Path, config: Value, jinja: Option<&str>) {
     let vocab: serde_json::Map<String, Value> =
@@ -63,7 +64,8 @@ fn missing_template_missing_tokenizer_and_raised_exception_are_errors() {
     let dir = tempfile::tempdir().unwrap();
     folder(dir.path(), json!({"eos_token": "<|im_end|>"}), None);
     assert!(Chat::open(dir.path()).unwrap_err().to_string().contains("no chat template"));
-    fs::write(dir.path().join("chat_template.jinja"), "{{ raise_exception('roles must alternate') }}").unwrap();
+    fs::write(dir.path().join("chat_template.jinja"), "{{ raise_exception('roles must alternate') }}")
+        .unwrap();
     let chat = Chat::open(dir.path()).unwrap();
     assert!(chat.prompt("hello").unwrap_err().to_string().contains("roles must alternate"));
     assert!(chat.answer("").unwrap_err().to_string().contains("no token"));

@@ -4,8 +4,8 @@ use candle_core::{Device, Tensor, Var};
 use serde_json::json;
 use std::collections::BTreeMap;
 use transformer::{
-    AnswerBatch, Architecture, Attachment, Attachments, Batch, Model, ModelError, ModuleKind, Row, Taps, VectorKind,
-    WeightSource, generate,
+    AnswerBatch, Architecture, Attachment, Attachments, Batch, Model, ModelError, ModuleKind, Row, Taps,
+    VectorKind, WeightSource, generate,
 };
 
 struct Small(BTreeMap<String, Vec<f32>>, Architecture);
@@ -103,9 +103,11 @@ fn gradients_reach_every_attachment_and_agree_with_differences() {
             for kind in ModuleKind::ALL {
                 let (out, inn) = sizes(&a, kind);
                 let seed = (layer * 10 + kind as usize) as u64;
-                let va = Var::from_tensor(&Tensor::from_vec(noise(2 * inn, seed), (2, inn), dev).unwrap()).unwrap();
+                let va = Var::from_tensor(&Tensor::from_vec(noise(2 * inn, seed), (2, inn), dev).unwrap())
+                    .unwrap();
                 let vb =
-                    Var::from_tensor(&Tensor::from_vec(noise(2 * out, seed + 500), (out, 2), dev).unwrap()).unwrap();
+                    Var::from_tensor(&Tensor::from_vec(noise(2 * out, seed + 500), (out, 2), dev).unwrap())
+                        .unwrap();
                 let at = Attachment {
                     a: va.as_tensor().clone(),
                     b: vb.as_tensor().clone(),
@@ -115,7 +117,8 @@ fn gradients_reach_every_attachment_and_agree_with_differences() {
                 vars.push((format!("A of {}", kind.module(layer)), va));
                 vars.push((format!("B of {}", kind.module(layer)), vb));
             }
-            let delta = Var::from_tensor(&Tensor::from_vec(noise(a.hidden, 77), a.hidden, dev).unwrap()).unwrap();
+            let delta =
+                Var::from_tensor(&Tensor::from_vec(noise(a.hidden, 77), a.hidden, dev).unwrap()).unwrap();
             attachments.add_vector(
                 layer,
                 VectorKind::MlpNorm,
@@ -128,7 +131,8 @@ fn gradients_reach_every_attachment_and_agree_with_differences() {
         let loss = |at: &Attachments| flat(&batch.cross_entropy(&model, at).unwrap())[0];
         let grads = batch.cross_entropy(&model, &attachments).unwrap().backward().unwrap();
         for (name, var) in &vars {
-            let g = flat(grads.get(var).unwrap_or_else(|| panic!("{model_type}: no gradient reaches {name}")));
+            let g =
+                flat(grads.get(var).unwrap_or_else(|| panic!("{model_type}: no gradient reaches {name}")));
             assert!(g.iter().any(|g| g.abs() > 1e-7), "{model_type}: the gradient of {name} is zero");
             // The steepest coordinate against a central difference.
             let i = (0..g.len()).max_by(|&i, &j| g[i].abs().total_cmp(&g[j].abs())).unwrap();
