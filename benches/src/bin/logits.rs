@@ -51,12 +51,12 @@ fn main() -> Result<()> {
     let mut logits: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
     for (n, line) in text.lines().enumerate() {
         let ids = tokens(&serde_json::from_str(line)?, chat.as_ref()).with_context(|| format!("row {n}"))?;
-        let hidden = model.hidden(&Batch::pad_behind(&[ids.clone()], 0), &none, None, None)?;
+        let hidden = model.hidden(&Batch::pad_behind(std::slice::from_ref(&ids), 0), &none, None, None)?;
         let all = model.all_logits(&hidden)?;
         let bytes = all.flatten_all()?.to_vec1::<f32>()?.iter().flat_map(|x| x.to_le_bytes()).collect();
         logits.push((format!("logits.{n}"), all.dims().to_vec(), bytes));
         let stop = chat.as_ref().map_or(&[][..], Chat::stop);
-        let generated = generate(&model, &none, &[ids.clone()], stop, args.new_tokens)?;
+        let generated = generate(&model, &none, std::slice::from_ref(&ids), stop, args.new_tokens)?;
         println!("{}", serde_json::json!({"tokens": ids, "generated": generated[0]}));
     }
     let views = logits

@@ -1,5 +1,7 @@
 //! The house, and the program as a user meets it.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests are tests
+
 mod bad_input;
 mod chain;
 mod house;
