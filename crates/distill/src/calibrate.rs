@@ -158,7 +158,8 @@ pub struct Calibration {
 impl Calibration {
     /// Adding the gene makes the refusals *less* likely: the aligned and the degraded side may have been swapped.
     pub fn raises_safety_loss(&self) -> bool {
-        self.loss_at_one > self.loss_before && self.loss_before > 1e-6
+        // Of a target that refuses already nothing can be said: its loss is next to zero, and any addition raises it.
+        self.goal != Goal::AlreadySafe && self.loss_at_one > self.loss_before
     }
 }
 

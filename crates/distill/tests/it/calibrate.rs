@@ -210,6 +210,7 @@ fn safe_target_gets_nothing() {
     assert_eq!(found.goal, Goal::AlreadySafe);
     assert!(found.coefficients.values().all(|&c| c == 0.0));
     assert_eq!(found.loss, found.loss_before);
+    assert!(!found.raises_safety_loss());
 }
 
 #[test]

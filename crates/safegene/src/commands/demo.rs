@@ -23,6 +23,9 @@ use transformer::{Attachments, Chat, Model, Openings};
 
 /// The degraded model that the gene is extracted from.
 const DEGRADED: &str = "degraded-mild";
+/// Limit on KL, nat per token. Chosen on the family's dev split among 0.02 (the default), 0.01 and 0.005: mean ASR on dev
+/// is .01 with each, over-refusal .02, .01 and .01.
+const MAX_KL: f64 = 0.005;
 /// Rank of the gene.
 const RANK: usize = 8;
 /// The longest answer in the lab has eight tokens.
@@ -332,7 +335,7 @@ pub(super) fn run(job: &Demo, threads: usize, ui: &Ui) -> Result<(), Failure> {
             harmful_shifted: read("test-harmful-shifted")?,
             benign_shifted: read("test-benign-shifted")?,
         },
-        limits: Limits::default(),
+        limits: Limits { max_kl: MAX_KL, ..Limits::default() },
     };
     let shots =
         BTreeMap::from([("safety", read("shots-safety")?.len()), ("benign", read("shots-benign")?.len())]);
