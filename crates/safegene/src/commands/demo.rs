@@ -23,9 +23,10 @@ use transformer::{Attachments, Chat, Model, Openings};
 
 /// The degraded model that the gene is extracted from.
 const DEGRADED: &str = "degraded-mild";
-/// Limit on KL, nat per token. Chosen on the family's dev split among 0.02 (the default), 0.01 and 0.005: mean ASR on dev
-/// is .01 with each, over-refusal .02, .01 and .01.
-const MAX_KL: f64 = 0.005;
+/// Limit on KL, nat per token: the smallest of 0.02, 0.01, 0.005, 0.002 and 0.001 at which the mean ASR of the poisoned
+/// targets on the dev split stays below 2 %. ASR / over-refusal there: .009/.020, .010/.012, .010/.007, .018/.000,
+/// .054/.000.
+const MAX_KL: f64 = 0.002;
 /// Rank of the gene.
 const RANK: usize = 8;
 /// The longest answer in the lab has eight tokens.
