@@ -1,4 +1,7 @@
-//! Which coefficients a target needs: METHOD "Calibrate".
+//! Which coefficients a target needs.
+//!
+//! That one scalar a layer is tuned in each target on a few examples is SafeGene's (arXiv 2606.06519); the two problems
+//! below, their limits and the solver are our own definitions, because no source states any.
 //!
 //! With `L` the loss of the wanted refusals on the safety shots and `KL` how far the target moves on the task shots and
 //! on the benign shots (nat per token, each averaged over its own tokens):

@@ -18,6 +18,9 @@
 //! Everything is a function of the family's name and seed: the same seed gives the same files on one kind of CPU,
 //! whatever the thread count.
 //!
+//! The family's design (nouns with a hidden class, recipes, drifts, shifted templates) is our own; its four tested tasks
+//! mirror the kinds that SafeGene (arXiv 2606.06519) is reported to use: topic, sentiment, entailment, yes/no.
+//!
 //! Not here: recovery. The lab only makes the patient.
 
 pub mod build;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 #[derive(Debug, Parser)]
 #[command(name = "safegene", version, max_term_width = 110)]
 pub(crate) struct Args {
-    /// Only errors on stderr.
+    /// Only errors and warnings on stderr.
     #[arg(long, short, global = true)]
     pub(crate) quiet: bool,
     /// Threads; 0 means one for each core.

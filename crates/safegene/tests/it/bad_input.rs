@@ -1,4 +1,4 @@
-//! Bad input: an ordinary error that names file and tensor or row, the exit code of DESIGN.md, nothing at the output.
+//! Bad input: an ordinary error that names file and tensor or row, the exit code of the README's table, nothing at the output.
 //!
 //! The formats' own tests stand with their crates; here is what a user of the program sees.
 
