@@ -11,7 +11,7 @@ use crate::dtype::Dtype;
 
 /// Widens little-endian elements to `f32`; `None` for a dtype without a numeric reading or a length that does not divide.
 ///
-/// Values are passed as they are, NaN included: see [`first_non_finite`].
+/// Values are passed as they are, NaN included: the reader of a model looks for them.
 pub fn widen_f32(bytes: &[u8], dtype: Dtype) -> Option<Vec<f32>> {
     fn each<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f32) -> Option<Vec<f32>> {
         let (chunks, rest) = bytes.as_chunks::<N>();
