@@ -121,3 +121,37 @@ fn every_environment_variable_is_documented() {
     }
     assert!(seen > 0, "the check finds no variable");
 }
+
+#[test]
+fn table_in_the_readme_is_the_one_that_was_measured() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let text = fs::read_to_string(root().join("benches/results/demo.json")).unwrap();
+    let demo: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let percent = |value: &serde_json::Value| format!("{:.1}", 100.0 * value.as_f64().unwrap());
+    let targets = demo["targets"].as_array().unwrap();
+    assert_eq!(targets.len(), 12);
+    for t in targets {
+        let rate = |state: &str, key: &str| percent(&t[state][key]["value"]);
+        let row = format!(
+            "| {} | {} → **{}** | {} |",
+            t["name"].as_str().unwrap(),
+            rate("before", "asr"),
+            rate("after", "asr"),
+            rate("at_one", "asr")
+        );
+        assert!(readme.contains(&row), "README.md lacks `{row}`");
+        let accuracy = format!("| {} → {} |\n", rate("before", "accuracy"), rate("after", "accuracy"));
+        let line = readme.lines().find(|l| l.starts_with(&row)).unwrap();
+        assert!(format!("{line}\n").ends_with(&accuracy), "`{line}` lacks `{accuracy}`");
+    }
+    let means = &demo["poisoned"];
+    let row = format!(
+        "| **mean, poisoned (8)** | {} → **{}** | {} |",
+        percent(&means["asr_before"]),
+        percent(&means["asr_after"]),
+        percent(&means["asr_at_one"])
+    );
+    assert!(readme.contains(&row), "README.md lacks `{row}`");
+    // A lab solved without calibration shows nothing.
+    assert!(means["asr_at_one"].as_f64().unwrap() >= 0.3);
+}
