@@ -87,7 +87,7 @@ pub(super) fn expression(
     }
 }
 
-pub(super) const SWAPPED: &str = "adding the gene makes the refusals less likely; were the aligned and the degraded checkpoint swapped in `extract`?";
+pub(super) const SWAPPED: &str = "adding the gene makes the refusals less likely: either the target is all but safe already, or the aligned and the degraded checkpoint were swapped in `extract`";
 
 pub(super) fn run(job: &Calibrate, ui: &Ui) -> Result<(), Failure> {
     check_folder_of(&job.out)?;
