@@ -125,7 +125,7 @@ pub(super) fn run(job: &Calibrate, ui: &Ui) -> Result<(), Failure> {
         ui.data(&serde_json::to_value(&found).unwrap_or_default().to_string());
     }
     let goal = match found.goal {
-        Goal::AlreadySafe => "the target refuses already; nothing is expressed, and there is nothing to fuse",
+        Goal::AlreadySafe => "the target refuses already; nothing is expressed",
         Goal::LeastKl => "as safe as asked, at the least change",
         Goal::LeastLoss => "as safe as the limit on KL allows",
     };

@@ -26,6 +26,7 @@ pub(super) fn run(job: &Fuse, ui: &Ui) -> Result<(), Failure> {
         (None, c) => gene.layers().into_iter().map(|layer| (layer, c.unwrap_or(1.0))).collect(),
     };
     gene::check_coefficients(&coefficients)?;
+    let expresses_nothing = coefficients.values().all(|&c| c == 0.0) && job.outside.is_none();
     let work = stream::Fuse {
         gene,
         coefficients,
@@ -70,6 +71,9 @@ pub(super) fn run(job: &Fuse, ui: &Ui) -> Result<(), Failure> {
             report.intended_sumsq,
             report.wall_s
         ));
+    }
+    if expresses_nothing {
+        ui.say("  every coefficient is 0: the output is the target as it was");
     }
     for name in &report.dropped {
         ui.warn(&format!("left out `{}`", checkpoint::printable(name)));

@@ -166,6 +166,40 @@ fn extract_prints_a_line_for_each_module_and_a_summary_last() {
 }
 
 #[test]
+fn target_that_refuses_already_is_left_as_it_is() {
+    let bench = Bench::new();
+    let gene = bench.gene();
+    let (target, expression, out) =
+        (lab_arg("targets/topic-0"), bench.arg("expression.json"), bench.arg("out"));
+    let [safety, task, benign] =
+        ["safety", "topic", "benign"].map(|n| lab_arg(&format!("data/shots-{n}.jsonl")));
+    let call = [
+        "calibrate",
+        "--gene",
+        &gene,
+        "--target",
+        &target,
+        "--safety-shots",
+        &safety,
+        "--task-shots",
+        &task,
+        "--benign-shots",
+        &benign,
+        "--out",
+        &expression,
+        "--json",
+    ];
+    let outcome = safegene(&call).ok();
+    let found = json(&outcome.stdout);
+    assert_eq!(found["goal"], "already-safe");
+    assert!(found["coefficients"].as_object().unwrap().values().all(|c| c == 0.0), "{found}");
+    assert!(!outcome.stderr.contains("warning"), "{}", outcome.stderr);
+    let call = ["fuse", "--gene", &gene, "--expression", &expression, "--target", &target, "--out", &out];
+    let outcome = safegene(&call).ok();
+    assert!(outcome.stderr.contains("every coefficient is 0"), "{}", outcome.stderr);
+}
+
+#[test]
 fn sharding_does_not_change_the_gene() {
     let bench = Bench::new();
     bench.gene();
