@@ -3,7 +3,8 @@
 //! Rounding is to nearest, ties to even, in integer arithmetic, so that any device can repeat it bit for bit: a NaN
 //! keeps its sign and its leading bits and becomes quiet, a value beyond the range becomes infinite.
 //!
-//! Not here: the 8-bit formats, which need scales to be read.
+//! The 8-bit formats are read only: their numbers are multiplied by scales (`weights`), and rounding to them would need
+//! new ones.
 
 use half::f16;
 
@@ -18,6 +19,10 @@ pub enum Dtype {
     F16,
     /// The upper half of binary32.
     Bf16,
+    /// 8 bits, 4 of exponent, no infinities, one NaN of each sign.
+    F8E4M3,
+    /// 8 bits, 5 of exponent: the upper half of binary16.
+    F8E5M2,
 }
 
 impl Dtype {
@@ -27,10 +32,17 @@ impl Dtype {
             Dtype::F64 => 8,
             Dtype::F32 => 4,
             Dtype::F16 | Dtype::Bf16 => 2,
+            Dtype::F8E4M3 | Dtype::F8E5M2 => 1,
         }
     }
 
+    /// Whether engines write this format.
+    pub fn is_written(self) -> bool {
+        !matches!(self, Dtype::F8E4M3 | Dtype::F8E5M2)
+    }
+
     /// Widens little-endian elements to f32; exact except for [`Dtype::F64`], which is rounded.
+    #[inline(always)]
     pub(crate) fn widen(self, bytes: &[u8], out: &mut [f32]) {
         match self {
             Dtype::F64 => {
@@ -45,12 +57,22 @@ impl Dtype {
             }
             Dtype::F16 => {
                 for (out, x) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *out = f16::from_le_bytes(*x).to_f32();
+                    *out = f16_value(u16::from_le_bytes(*x));
                 }
             }
             Dtype::Bf16 => {
                 for (out, x) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
                     *out = f32::from_bits(u32::from(u16::from_le_bytes(*x)) << 16);
+                }
+            }
+            Dtype::F8E4M3 => {
+                for (out, &x) in out.iter_mut().zip(bytes) {
+                    *out = e4m3_value(x);
+                }
+            }
+            Dtype::F8E5M2 => {
+                for (out, &x) in out.iter_mut().zip(bytes) {
+                    *out = f16_value(u16::from(x) << 8);
                 }
             }
         }
@@ -75,6 +97,18 @@ impl Dtype {
         }
     }
 
+    /// Exponent of the lowest normal number, and bits after the leading one.
+    pub(crate) fn exponents(self) -> (i64, i64) {
+        match self {
+            Dtype::F64 => (-1022, 52),
+            Dtype::F32 => (-126, 23),
+            Dtype::F16 => (-14, 10),
+            Dtype::Bf16 => (-126, 7),
+            Dtype::F8E4M3 => (-6, 3),
+            Dtype::F8E5M2 => (-14, 2),
+        }
+    }
+
     /// Rounds `x` to this format and writes it to the first bytes of `out`; returns the stored value widened again.
     pub(crate) fn store(self, x: f32, out: &mut [u8]) -> f32 {
         match self {
@@ -96,18 +130,14 @@ impl Dtype {
                 out[..2].copy_from_slice(&bits.to_le_bytes());
                 f32::from_bits(u32::from(bits) << 16)
             }
+            // Refused before (`is_written`); NaN, so that a caller that forgot is found out.
+            Dtype::F8E4M3 | Dtype::F8E5M2 => f32::NAN,
         }
     }
 
     /// The square of one unit in the last place of `x`, a value of this format.
     pub(crate) fn ulp_squared(self, x: f64) -> f64 {
-        // Exponent of the lowest normal number, and bits after the leading one.
-        let (lowest, fraction) = match self {
-            Dtype::F64 => (-1022, 52),
-            Dtype::F32 => (-126, 23),
-            Dtype::F16 => (-14, 10),
-            Dtype::Bf16 => (-126, 7),
-        };
+        let (lowest, fraction) = self.exponents();
         let exponent = (((x.to_bits() >> 52) & 0x7ff) as i64 - 1023).max(lowest);
         // 2^(2 * exponent); below f64's own range it counts as nothing.
         let biased = 1023 + 2 * (exponent - fraction);
@@ -115,7 +145,26 @@ impl Dtype {
     }
 }
 
+/// The value of binary16 bits: the exponent moved over, and its range made up for by an exact product.
+#[inline(always)]
+fn f16_value(bits: u16) -> f32 {
+    let magnitude = u32::from(bits & 0x7fff) << 13;
+    let finite = (f32::from_bits(magnitude) * f32::from_bits(0x7780_0000)).to_bits(); // 2^112
+    let value = if magnitude >= 0x0f80_0000 { magnitude | 0x7f80_0000 } else { finite };
+    f32::from_bits(value | u32::from(bits & 0x8000) << 16)
+}
+
+/// The value of e4m3 bits.
+#[inline(always)]
+fn e4m3_value(bits: u8) -> f32 {
+    let magnitude = u32::from(bits & 0x7f) << 20;
+    let finite = (f32::from_bits(magnitude) * f32::from_bits(0x7b80_0000)).to_bits(); // 2^120
+    let value = if bits & 0x7f == 0x7f { 0x7fc0_0000 } else { finite };
+    f32::from_bits(value | u32::from(bits & 0x80) << 24)
+}
+
 /// The bits of `x` rounded to bf16.
+#[inline]
 pub fn bf16_bits(x: f32) -> u16 {
     let bits = x.to_bits();
     if bits & 0x7fff_ffff > 0x7f80_0000 {
@@ -203,6 +252,31 @@ mod tests {
     }
 
     #[test]
+    fn widening_every_half_precision_value() {
+        for bits in 0..=u16::MAX {
+            let (got, want) = (f16_value(bits), f16::from_bits(bits).to_f32());
+            assert!(got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan()), "{bits:#06x}: {got}");
+        }
+    }
+
+    #[test]
+    fn widening_every_e4m3_value() {
+        for bits in 0..=u8::MAX {
+            // By the definition: sign, exponent of bias 7, three bits of fraction; 0 is the exponent of denormals.
+            let (exponent, fraction) = (i32::from(bits >> 3 & 15), f32::from(bits & 7) / 8.0);
+            let size = match exponent {
+                0 => fraction * 2.0f32.powi(-6),
+                _ => (1.0 + fraction) * 2.0f32.powi(exponent - 7),
+            };
+            let got = e4m3_value(bits);
+            match bits & 0x7f {
+                0x7f => assert!(got.is_nan()),
+                _ => assert_eq!(got, if bits & 0x80 == 0 { size } else { -size }, "{bits:#04x}"),
+            }
+        }
+    }
+
+    #[test]
     fn ulp_of_normal_and_denormal_values() {
         let cases = [
             (Dtype::Bf16, 1.0, -7),
@@ -212,6 +286,9 @@ mod tests {
             (Dtype::F16, 2.0f64.powi(-20), -24),
             (Dtype::F32, 3.0, -22),
             (Dtype::F64, 1.0, -52),
+            (Dtype::F8E4M3, 448.0, 5),
+            (Dtype::F8E4M3, 0.001953125, -9),
+            (Dtype::F8E5M2, 1.75, -2),
         ];
         for (dtype, x, exponent) in cases {
             assert_eq!(dtype.ulp_squared(x), 2.0f64.powi(2 * exponent), "{dtype:?} {x}");

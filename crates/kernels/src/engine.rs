@@ -5,7 +5,7 @@
 //!
 //! A call may queue its work; whatever comes back to the host is complete when the call returns.
 
-use crate::{Dtype, Result, Shape};
+use crate::{Dtype, Result, Shape, Weights};
 
 /// What one pass over a pair of weights finds out.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -35,16 +35,19 @@ pub struct AddStats {
 
 /// Arithmetic on weights, on one kind of device.
 pub trait Engine: Send + Sync {
-    /// Weights as they are stored.
-    type Raw: Send + Sync;
+    /// A difference of stored weights, `D`, which need not exist as a matrix.
+    type Pair: Send + Sync;
     /// An f32 matrix, row-major.
     type Matrix: Send + Sync;
 
     /// What people call this engine.
     fn name(&self) -> String;
 
-    /// Takes stored weights over; the length is checked against `shape`.
-    fn raw(&self, bytes: &[u8], dtype: Dtype, shape: Shape) -> Result<Self::Raw>;
+    /// Takes two sides of equal shape over.
+    fn pair(&self, aligned: Weights, degraded: Weights) -> Result<Self::Pair>;
+
+    /// The shape of a difference.
+    fn pair_shape(&self, pair: &Self::Pair) -> Shape;
 
     /// Takes a matrix over; the length is checked against `shape`.
     fn matrix(&self, data: &[f32], shape: Shape) -> Result<Self::Matrix>;
@@ -55,11 +58,29 @@ pub trait Engine: Send + Sync {
     /// The shape of a matrix.
     fn shape(&self, matrix: &Self::Matrix) -> Shape;
 
-    /// `aligned - degraded`, rounded once to f32, and its sums. A NaN or Inf on either side is an error.
-    fn delta(&self, aligned: &Self::Raw, degraded: &Self::Raw) -> Result<(Self::Matrix, DeltaStats)>;
+    /// Matrices of equal row counts side by side.
+    fn beside(&self, matrices: &[&Self::Matrix]) -> Result<Self::Matrix>;
+
+    /// `D` as a matrix, `aligned - degraded` rounded once to f32, and its sums. A NaN or Inf on either side is an error.
+    fn delta(&self, pair: &Self::Pair) -> Result<(Self::Matrix, DeltaStats)>;
+
+    /// The sums alone.
+    fn stats(&self, pair: &Self::Pair) -> Result<DeltaStats>;
 
     /// The random integers of [`sketch_entry`](crate::sketch_entry); neither side of `shape` may pass `u32::MAX`.
     fn sketch(&self, shape: Shape, seed: u64, key: u64) -> Result<Self::Matrix>;
+
+    /// `D Z`, in f32.
+    fn forward(&self, pair: &Self::Pair, z: &Self::Matrix) -> Result<Self::Matrix>;
+
+    /// `Y = D Z` and `D^T Y`, in f32, in one read of the weights. With `stats`, the sums too, and a NaN or Inf is an
+    /// error; without, weights are taken to be finite.
+    fn sweep(
+        &self,
+        pair: &Self::Pair,
+        z: &Self::Matrix,
+        stats: Option<&mut DeltaStats>,
+    ) -> Result<(Self::Matrix, Self::Matrix)>;
 
     /// `A B`, or `A^T B`, in f32.
     fn gemm(&self, a: &Self::Matrix, a_transposed: bool, b: &Self::Matrix) -> Result<Self::Matrix>;
@@ -70,19 +91,22 @@ pub trait Engine: Send + Sync {
     /// `Y W` with products and sums in f64, rounded once to f32; `w` is row-major with `cols` columns.
     fn apply_right(&self, y: &Self::Matrix, w: &[f64], cols: usize) -> Result<Self::Matrix>;
 
-    /// The sum of the squares of `delta - B A`, all in f64.
-    fn residual(&self, delta: &Self::Matrix, b: &Self::Matrix, a: &Self::Matrix) -> Result<f64>;
+    /// The sum of the squares of `D - B A`, all in f64 from the f32 elements of each.
+    fn residual(&self, pair: &Self::Pair, b: &Self::Matrix, a: &Self::Matrix) -> Result<f64>;
 
-    /// Adds `c_1 B_1 A_1 + c_2 B_2 A_2 + ...` to stored weights, with one rounding to their format.
+    /// Adds `c_1 B_1 A_1 + c_2 B_2 A_2 + ...` to stored weights in place, with one rounding to their format.
     ///
-    /// An element is `round(f32(w) + s)`, where `s` is the chain `s = fma(c B[i,k], A[k,j], s)` from 0 over ascending
-    /// `k` through all terms, and `c B[i,k]` is rounded once to f32 (f64 weights are added in f64). Where `s` is 0 the
-    /// stored bits are kept. Bit for bit the same on every engine. A sum beyond the format's range is an error.
+    /// An element becomes `round(f32(w) + s)`, where `s` is the chain `s = fma(c B[i,k], A[k,j], s)` from 0 over
+    /// ascending `k` through all terms, and `c B[i,k]` is rounded once to f32 (f64 weights are added in f64). Where `s`
+    /// is 0 the stored bits are kept. Bit for bit the same on every engine. A sum beyond the format's range is an error,
+    /// and then the weights are worth nothing.
     fn add_low_rank(
         &self,
-        w: &Self::Raw,
+        w: &mut [u8],
+        dtype: Dtype,
+        shape: Shape,
         terms: &[(f32, &Self::Matrix, &Self::Matrix)],
-    ) -> Result<(Vec<u8>, AddStats)>;
+    ) -> Result<AddStats>;
 
     /// A matrix in `dtype`, little-endian, rounded to nearest even. A value beyond the range is an error.
     fn pack(&self, matrix: &Self::Matrix, dtype: Dtype) -> Result<Vec<u8>>;

@@ -4,7 +4,7 @@
 
 use std::fmt;
 
-use crate::Shape;
+use crate::{Dtype, Shape};
 
 /// The result of an operation of an engine.
 pub type Result<T> = std::result::Result<T, KernelError>;
@@ -61,6 +61,22 @@ pub enum KernelError {
         left: Shape,
         /// The second operand.
         right: Shape,
+    },
+    /// A number format that is read only.
+    #[error("{what}: weights are not written as {dtype:?}")]
+    NotWritten {
+        /// The operation.
+        what: &'static str,
+        /// The format.
+        dtype: Dtype,
+    },
+    /// Rows could not be read; their reader knows why.
+    #[error("rows from {first_row} on of the {side} weights could not be read")]
+    Unread {
+        /// The operand.
+        side: Side,
+        /// The first of them.
+        first_row: usize,
     },
     /// A weight is NaN or infinite.
     #[error("element {index} of the {side} weights is not finite")]

@@ -15,10 +15,12 @@ mod error;
 mod philox;
 pub mod reference;
 mod shape;
+mod weights;
 
-pub use cpu::{CpuEngine, CpuMatrix, CpuRaw};
+pub use cpu::{CpuEngine, CpuMatrix, CpuPair};
 pub use dtype::{Dtype, bf16_bits, f16_bits};
 pub use engine::{AddStats, DeltaStats, Engine};
 pub use error::{KernelError, Result, Side};
 pub use philox::{philox4x32_10, sketch_entry};
 pub use shape::Shape;
+pub use weights::{RowReader, Rows, Scales, Unreadable, Weights};

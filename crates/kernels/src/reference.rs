@@ -15,16 +15,27 @@ pub fn widen(bytes: &[u8], dtype: Dtype, i: usize) -> f64 {
         Dtype::F32 => f64::from(f32::from_le_bytes(std::array::from_fn(at))),
         Dtype::F16 => f16::from_le_bytes(std::array::from_fn(at)).to_f64(),
         Dtype::Bf16 => bf16::from_le_bytes(std::array::from_fn(at)).to_f64(),
+        Dtype::F8E5M2 => f16::from_le_bytes([0, at(0)]).to_f64(),
+        Dtype::F8E4M3 => {
+            let (sign, rest) = (f64::from(at(0) >> 7), at(0) & 0x7f);
+            let size = match (rest >> 3, f64::from(rest & 7) / 8.0) {
+                _ if rest == 0x7f => f64::NAN,
+                (0, fraction) => fraction * 2.0f64.powi(-6),
+                (exponent, fraction) => (1.0 + fraction) * 2.0f64.powi(i32::from(exponent) - 7),
+            };
+            size * (1.0 - 2.0 * sign)
+        }
     }
 }
 
-/// `x` rounded to `dtype`, little-endian.
+/// `x` rounded to `dtype`, little-endian; nothing for the formats that are read only.
 pub fn round(x: f64, dtype: Dtype) -> Vec<u8> {
     match dtype {
         Dtype::F64 => x.to_le_bytes().to_vec(),
         Dtype::F32 => (x as f32).to_le_bytes().to_vec(),
         Dtype::F16 => f16::from_f32(x as f32).to_le_bytes().to_vec(),
         Dtype::Bf16 => bf16::from_f32(x as f32).to_le_bytes().to_vec(),
+        Dtype::F8E4M3 | Dtype::F8E5M2 => Vec::new(),
     }
 }
 

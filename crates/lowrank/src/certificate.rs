@@ -26,20 +26,20 @@ impl Certificate {
     }
 }
 
-/// Measures factors of `delta`. `low_rank` holds them with the values they are stored with.
+/// Measures factors of a difference. `low_rank` holds them with the values they are stored with.
 pub fn certify<E: Engine>(
     engine: &E,
-    delta: &E::Matrix,
+    pair: &E::Pair,
     stats: &DeltaStats,
     low_rank: &LowRank,
 ) -> Result<Certificate> {
-    let shape = engine.shape(delta);
+    let shape = engine.pair_shape(pair);
     if stats.sumsq <= 0.0 {
         return Err(LowRankError::ZeroDelta { shape });
     }
     let b = engine.matrix(&low_rank.b, Shape { rows: shape.rows, cols: low_rank.rank })?;
     let a = engine.matrix(&low_rank.a, Shape { rows: low_rank.rank, cols: shape.cols })?;
-    let residual = engine.residual(delta, &b, &a)? / stats.sumsq;
+    let residual = engine.residual(pair, &b, &a)? / stats.sumsq;
     if !residual.is_finite() {
         return Err(LowRankError::NotFinite { what: "residual", shape });
     }

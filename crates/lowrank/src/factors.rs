@@ -6,9 +6,9 @@
 //! of itself, and the f32 of the result (6e-8) is what limits it.
 
 use faer::Mat;
-use kernels::Shape;
+use kernels::{DeltaStats, Shape};
 
-use crate::{Certificate, LowRank, LowRankError, Result};
+use crate::{Certificate, LowRank, LowRankError, Rank, Result};
 
 /// One product `scale * B A`.
 #[derive(Debug, Clone, Copy)]
@@ -27,11 +27,12 @@ pub struct Term<'a> {
     pub scale: f64,
 }
 
-/// The best factors of `rank` of the sum of `terms`; of rank 0 where the terms cancel to rounding.
-pub fn factor_factors(terms: &[Term<'_>], rank: usize) -> Result<LowRank> {
+/// The best factors of the sum of `terms`; of rank 0 where the terms cancel to rounding. Nothing was rounded to a weight
+/// format here, so [`Rank::Noise`] takes all that there is.
+pub fn factor_factors(terms: &[Term<'_>], rank: Rank) -> Result<LowRank> {
     let core = Core::new(terms)?;
     let Shape { rows, cols } = core.shape;
-    if rank == 0 {
+    if matches!(rank, Rank::Fixed(0) | Rank::Residual { max: 0, .. } | Rank::Noise { max: 0 }) {
         return Err(LowRankError::RankZero);
     }
     let size = core.core.nrows().min(core.core.ncols());
@@ -40,12 +41,14 @@ pub fn factor_factors(terms: &[Term<'_>], rank: usize) -> Result<LowRank> {
     let largest = sigma.first().copied().unwrap_or(0.0);
     // Below the first the products are known no better; below the second an f32 cannot tell beside the largest.
     let cut = core.noise.max(largest * f64::from(f32::EPSILON) / 2.0);
-    let kept = sigma.iter().take(rank).take_while(|&&value| value > cut).count();
+    let known = sigma.iter().take_while(|&&value| value > cut).count();
+    let sums = DeltaStats { sumsq: sigma.iter().map(|value| value * value).sum(), ..DeltaStats::default() };
+    let kept = rank.choose(&sigma[..known], core.shape, &sums);
     let half = |j: usize| sigma[j].sqrt();
     let u = Mat::from_fn(core.core.nrows(), kept, |i, j| svd.U()[(i, j)] * half(j));
     let v = Mat::from_fn(core.core.ncols(), kept, |i, j| svd.V()[(i, j)] * half(j));
     let (b, a) = (&core.left * u, &core.right * v);
-    let best_sumsq_upper = sigma.iter().take(rank).map(|value| value * value).sum();
+    let best_sumsq_upper = sigma.iter().take(kept).map(|value| value * value).sum();
     Ok(LowRank {
         b: (0..rows).flat_map(|i| (0..kept).map(move |j| (i, j))).map(|at| b[at] as f32).collect(),
         a: (0..kept).flat_map(|j| (0..cols).map(move |i| (i, j))).map(|at| a[at] as f32).collect(),
@@ -53,6 +56,8 @@ pub fn factor_factors(terms: &[Term<'_>], rank: usize) -> Result<LowRank> {
         cols,
         rank: kept,
         singular: sigma[..kept].to_vec(),
+        outside_sumsq: 0.0,
+        outside_norm_sq: 0.0,
         best_sumsq_upper,
     })
 }

@@ -6,7 +6,9 @@
 //!
 //! Every share is one of squared Frobenius norms. The same difference, key and options give the same bits.
 //!
-//! Not here: files, formats of factors, and the choice of a rank.
+//! A rank is given, or chosen: by the residual it leaves, or by what stands out of the rounding noise.
+//!
+//! Not here: files, formats of factors, and a budget over many differences.
 
 mod certificate;
 mod error;
@@ -17,4 +19,4 @@ mod subspace;
 pub use certificate::{Certificate, certify};
 pub use error::{LowRankError, Result};
 pub use factors::{Term, certify_factors, factor_factors};
-pub use subspace::{Factor, LowRank, factor};
+pub use subspace::{Factor, LowRank, Rank, factor};

@@ -1,14 +1,16 @@
-//! Truncated singular value decomposition by block subspace iteration with kept blocks.
+//! Truncated singular value decomposition by block Krylov iteration.
 //!
-//! Blocks `Z` live on the shorter side of the difference `D`; a sweep is `Z <- orth(D^T (D Z))` (or with `D` and `D^T`
-//! exchanged). The last blocks together are the basis of the projection `Y = D Z`, whose f64 Gram matrix gives singular
-//! values and vectors. Where the shorter side is hardly longer than a block, the basis is the whole side and the
-//! result the optimum.
+//! A block `Z_k` of orthonormal columns is swept through the difference `D`, which gives `Y_k = D Z_k` and the next
+//! block, `Z_k+1 = orth(D^T Y_k)` against all blocks before it. The basis is all blocks but the random one at the start;
+//! since their images are known from the sweeps, the projection `Y = D Z` costs nothing more, and the f64 Gram matrix of
+//! `Y` gives singular values and vectors. Two blocks serve a fixed rank; where the rank is what is looked for, blocks
+//! are added until it is found. Where the shorter side is hardly longer than two blocks the basis is the whole side and
+//! the result the optimum.
 //!
-//! Products are f32, Gram matrices and everything small are f64. Singular values below about 1e-6 of the largest are
-//! rounding noise of the products and are cut.
+//! Products with `D` are f32, Gram matrices and everything small are f64. Singular values below about 1e-6 of the
+//! largest are rounding noise of the products and are cut.
 
-use kernels::{Engine, Shape, philox4x32_10};
+use kernels::{DeltaStats, Engine, Shape, philox4x32_10};
 
 use crate::small::{Eigen, whitening};
 use crate::{LowRankError, Result};
@@ -19,26 +21,79 @@ const PROBES: usize = 10;
 const WHOLE_MARGIN: usize = 8;
 /// Squared norms within this range cannot leave f32 when multiplied twice.
 const COMFORTABLE: std::ops::Range<f64> = 1e-16..1e16;
+/// The width of a block without the oversampling where the rank is not known.
+const UNKNOWN_RANK: usize = 16;
+
+/// Which rank.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Rank {
+    /// This one, or less where the difference has less.
+    Fixed(usize),
+    /// The smallest that leaves at most this share of the squared norm, as far as the singular values found show it
+    /// (they never show too much), but not more than `max`.
+    Residual {
+        /// The share.
+        share: f64,
+        /// The largest rank.
+        max: usize,
+    },
+    /// As many singular values as stand above what rounding the degraded weights alone would make, but not more than
+    /// `max`: above `(sqrt m + sqrt n) sqrt(F / (m n))`, the edge of an m x n matrix of that noise, F being a twelfth of
+    /// the sum of the squared units in the last place. May be 0.
+    Noise {
+        /// The largest rank.
+        max: usize,
+    },
+}
+
+impl Rank {
+    fn max(self) -> usize {
+        match self {
+            Rank::Fixed(rank) => rank,
+            Rank::Residual { max, .. } | Rank::Noise { max } => max,
+        }
+    }
+
+    /// How many of these singular values, largest first, to keep.
+    pub(crate) fn choose(self, theta: &[f64], shape: Shape, stats: &DeltaStats) -> usize {
+        let chosen = match self {
+            Rank::Fixed(rank) => rank,
+            Rank::Residual { share, .. } => {
+                let goal = (1.0 - share) * stats.sumsq;
+                let mut sum = 0.0;
+                let reached = theta.iter().position(|value| {
+                    sum += value * value;
+                    sum >= goal
+                });
+                reached.map_or(usize::MAX, |last| last + 1)
+            }
+            Rank::Noise { .. } => {
+                let (m, n) = (shape.rows as f64, shape.cols as f64);
+                let edge = (m.sqrt() + n.sqrt()) * (stats.ulp_sumsq / 12.0 / (m * n)).sqrt();
+                theta.iter().take_while(|&&value| value > edge).count()
+            }
+        };
+        chosen.min(self.max()).min(theta.len())
+    }
+}
 
 /// How to factor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Factor {
-    /// The rank asked for.
-    pub rank: usize,
+    /// The rank.
+    pub rank: Rank,
     /// Columns of a block beyond the rank.
     pub oversample: usize,
-    /// Sweeps over the difference before the projection, at least 1.
-    pub sweeps: usize,
-    /// Blocks in the basis, the last ones, at least 1.
-    pub kept: usize,
+    /// Blocks of the basis, at least 1; more where the rank is not fixed.
+    pub blocks: usize,
     /// The seed of the sketch.
     pub seed: u64,
 }
 
 impl Factor {
-    /// The defaults: 8 more columns than the rank, two sweeps, both blocks kept.
-    pub fn new(rank: usize, seed: u64) -> Factor {
-        Factor { rank, oversample: 8, sweeps: 2, kept: 2, seed }
+    /// The defaults: 8 more columns than the rank, two blocks.
+    pub fn new(rank: Rank, seed: u64) -> Factor {
+        Factor { rank, oversample: 8, blocks: 2, seed }
     }
 }
 
@@ -53,168 +108,337 @@ pub struct LowRank {
     pub rows: usize,
     /// Columns of the difference.
     pub cols: usize,
-    /// The rank: what was asked for, or less where the difference has less.
+    /// The rank that was chosen: 0 where nothing stands out of the noise.
     pub rank: usize,
     /// The singular values of the factors, largest first.
     pub singular: Vec<f64>,
-    /// What no factorisation of the rank asked for can exceed in captured squared norm, but for rounding.
+    /// The squared norm of what lies outside of the basis that the factors were found in.
+    pub outside_sumsq: f64,
+    /// A bound on its 2-norm, squared; fails with probability 1e-10.
+    pub outside_norm_sq: f64,
+    /// What no factorisation of this rank can exceed in captured squared norm, but for rounding.
     pub best_sumsq_upper: f64,
 }
 
-/// Factors of `delta`, whose squared norm is `energy`; `key` tells one tensor's sketch from another's.
-pub fn factor<E: Engine>(
-    engine: &E,
-    delta: &E::Matrix,
-    energy: f64,
-    key: u64,
-    options: &Factor,
-) -> Result<LowRank> {
-    let shape = engine.shape(delta);
-    if !energy.is_finite() {
-        return Err(LowRankError::NotFinite { what: "squared norm", shape });
+impl LowRank {
+    /// The same with a smaller rank.
+    pub fn truncated(&self, rank: usize) -> LowRank {
+        let rank = rank.min(self.rank);
+        let b = self.b.chunks_exact(self.rank.max(1)).flat_map(|row| row[..rank].iter().copied()).collect();
+        let singular = self.singular[..rank].to_vec();
+        let best_sumsq_upper = best(&singular, self.outside_sumsq, self.outside_norm_sq);
+        LowRank { b, a: self.a[..rank * self.cols].to_vec(), rank, singular, best_sumsq_upper, ..*self }
     }
-    if energy <= 0.0 || shape.is_empty() {
-        return Err(LowRankError::ZeroDelta { shape });
-    }
-    if options.rank == 0 {
-        return Err(LowRankError::RankZero);
-    }
-    let map = Map { engine, delta, shape, tall: shape.rows >= shape.cols };
-    let whole = map.short() <= options.rank + options.oversample + WHOLE_MARGIN;
-    let basis = if whole { map.identity()? } else { map.krylov(energy, key, options)? };
-    let projected = map.forward(&basis)?;
-
-    let l = engine.shape(&basis).cols;
-    let gram = map.finite_gram(&projected, "projection")?;
-    let eigen = Eigen::new(&gram, l)?;
-    let theta: Vec<f64> = eigen.values.iter().map(|value| value.max(0.0).sqrt()).collect();
-    let largest = theta.first().copied().unwrap_or(0.0);
-    if largest <= 0.0 {
-        return Err(LowRankError::ZeroDelta { shape });
-    }
-    // A product in f32 disturbs every singular value by a few epsilons of the largest.
-    let cut = 4.0 * f64::from(f32::EPSILON) * (l as f64).sqrt() * largest;
-    let rank = theta.iter().take(options.rank).take_while(|&&value| value > cut).count();
-
-    let long =
-        engine.apply_right(&projected, &eigen.scaled(rank, |_| 1.0, |j| 1.0 / theta[j].sqrt()), rank)?;
-    let short = engine.apply_right(&basis, &eigen.scaled(rank, |_| 1.0, |j| theta[j].sqrt()), rank)?;
-    let (b, a) = if map.tall { (long, short) } else { (short, long) };
-
-    let captured: f64 = theta.iter().take(options.rank).map(|value| value * value).sum();
-    let missed = if whole {
-        0.0
-    } else {
-        let trace: f64 = (0..l).map(|i| gram[i * l + i]).sum();
-        let norm = map.missed_norm_upper(&basis, key, options.seed)?;
-        (energy - trace).max(0.0).min(options.rank as f64 * norm * norm)
-    };
-    Ok(LowRank {
-        b: engine.read(&b)?,
-        a: transposed(&engine.read(&a)?, rank),
-        rows: shape.rows,
-        cols: shape.cols,
-        rank,
-        singular: theta[..rank].to_vec(),
-        best_sumsq_upper: captured + missed,
-    })
 }
 
-/// A difference as a map from its shorter side to its longer one.
+/// The bound of Ky Fan on the first term of `D D^T = D Z (D Z)^T + R R^T`, and of Weyl on the second.
+fn best(theta: &[f64], outside_sumsq: f64, outside_norm_sq: f64) -> f64 {
+    let inside: f64 = theta.iter().map(|value| value * value).sum();
+    inside + outside_sumsq.min(theta.len() as f64 * outside_norm_sq)
+}
+
+/// Factors of a difference, and its sums; `None` where both sides are equal in every element. `key` tells one tensor's
+/// sketch from another's.
+pub fn factor<E: Engine>(
+    engine: &E,
+    pair: &E::Pair,
+    key: u64,
+    options: &Factor,
+) -> Result<(Option<LowRank>, DeltaStats)> {
+    let shape = engine.pair_shape(pair);
+    if options.rank.max() == 0 {
+        return Err(LowRankError::RankZero);
+    }
+    if shape.is_empty() {
+        return Ok((None, DeltaStats::default()));
+    }
+    let width = match options.rank {
+        Rank::Fixed(rank) => rank,
+        rank => rank.max().min(UNKNOWN_RANK),
+    } + options.oversample;
+    let mut map = Map { engine, pair, shape, stats: DeltaStats::default() };
+    let basis = match shape.rows.min(shape.cols) <= width + WHOLE_MARGIN {
+        true => map.whole()?,
+        false => map.krylov(width, key, options)?,
+    };
+    let stats = map.stats;
+    let Some(basis) = basis else { return Ok((None, stats)) };
+    let Found { theta, eigen, long, short, tall, outside: (outside_sumsq, outside_norm_sq) } = basis;
+    let rank = options.rank.choose(&theta, shape, &stats);
+    let long = engine.apply_right(&long, &eigen.scaled(rank, |_| 1.0, |j| 1.0 / theta[j].sqrt()), rank)?;
+    let short_factor = engine.apply_right(&short, &eigen.scaled(rank, |_| 1.0, |j| theta[j].sqrt()), rank)?;
+    let (b, a) = if tall { (long, short_factor) } else { (short_factor, long) };
+    let singular = theta[..rank].to_vec();
+    let best_sumsq_upper = best(&singular, outside_sumsq, outside_norm_sq);
+    Ok((
+        Some(LowRank {
+            b: engine.read(&b)?,
+            a: transposed(&engine.read(&a)?, rank),
+            rows: shape.rows,
+            cols: shape.cols,
+            rank,
+            singular,
+            outside_sumsq,
+            outside_norm_sq,
+            best_sumsq_upper,
+        }),
+        stats,
+    ))
+}
+
+/// The projection on a basis of one side: `long = D short` for orthonormal columns `short`, decomposed.
+struct Found<M> {
+    /// Singular values of the projection above rounding, largest first.
+    theta: Vec<f64>,
+    eigen: Eigen,
+    long: M,
+    short: M,
+    /// Whether `short` lies on the side of the columns.
+    tall: bool,
+    /// What the basis leaves out: squared norm, and a bound on the squared 2-norm.
+    outside: (f64, f64),
+}
+
+/// A difference being factored.
 struct Map<'a, E: Engine> {
     engine: &'a E,
-    delta: &'a E::Matrix,
+    pair: &'a E::Pair,
     shape: Shape,
-    tall: bool,
+    stats: DeltaStats,
 }
 
 impl<E: Engine> Map<'_, E> {
-    fn short(&self) -> usize {
-        self.shape.rows.min(self.shape.cols)
-    }
-
-    /// From the shorter side to the longer.
-    fn forward(&self, z: &E::Matrix) -> Result<E::Matrix> {
-        Ok(self.engine.gemm(self.delta, !self.tall, z)?)
-    }
-
-    /// From the longer side to the shorter.
-    fn back(&self, y: &E::Matrix) -> Result<E::Matrix> {
-        Ok(self.engine.gemm(self.delta, self.tall, y)?)
-    }
-
-    fn identity(&self) -> Result<E::Matrix> {
-        let n = self.short();
-        let mut data = vec![0.0; n * n];
-        data.iter_mut().step_by(n + 1).for_each(|x| *x = 1.0);
-        Ok(self.engine.matrix(&data, Shape { rows: n, cols: n })?)
-    }
-
-    /// An orthonormal basis from the last blocks of a subspace iteration.
-    fn krylov(&self, energy: f64, key: u64, options: &Factor) -> Result<E::Matrix> {
-        let width = options.rank + options.oversample;
-        let mut z = self.engine.sketch(Shape { rows: self.short(), cols: width }, options.seed, key)?;
-        let mut kept: Vec<(Vec<f32>, usize)> = Vec::new();
-        for _ in 0..options.sweeps.max(1) {
-            let mut y = self.forward(&z)?;
-            if !COMFORTABLE.contains(&energy) {
-                let l = self.engine.shape(&y).cols;
-                let mut scale = vec![0.0; l * l];
-                scale.iter_mut().step_by(l + 1).for_each(|x| *x = 1.0 / energy.sqrt());
-                y = self.engine.apply_right(&y, &scale, l)?;
-            }
-            z = self.orthonormal(self.back(&y)?, 1)?;
-            kept.push((self.engine.read(&z)?, self.engine.shape(&z).cols));
-            if kept.len() > options.kept.max(1) {
-                kept.remove(0);
-            }
+    /// The decomposition of the whole difference, on its shorter side.
+    fn whole(&mut self) -> Result<Option<Found<E::Matrix>>> {
+        let (delta, stats) = self.engine.delta(self.pair)?;
+        self.stats = stats;
+        if self.is_zero()? {
+            return Ok(None);
         }
-        let cols = kept.iter().map(|(_, cols)| cols).sum();
-        let mut all = Vec::with_capacity(self.short() * cols);
-        for row in 0..self.short() {
-            for (block, cols) in &kept {
-                all.extend_from_slice(&block[row * cols..][..*cols]);
-            }
-        }
-        self.orthonormal(self.engine.matrix(&all, Shape { rows: self.short(), cols })?, 2)
+        let tall = self.shape.rows >= self.shape.cols;
+        let n = self.shape.rows.min(self.shape.cols);
+        let mut identity = vec![0.0; n * n];
+        identity.iter_mut().step_by(n + 1).for_each(|x| *x = 1.0);
+        let identity = self.engine.matrix(&identity, Shape { rows: n, cols: n })?;
+        let long = if tall { delta } else { self.engine.gemm(&delta, true, &identity)? };
+        let (theta, eigen) = self.decompose(&long, &self.gram(&long, "projection")?, n)?;
+        Ok(Some(Found { theta, eigen, long, short: identity, tall, outside: (0.0, 0.0) }))
     }
 
-    /// An orthonormal basis of the columns of `y`; two passes leave an error of a few f32 epsilons.
-    fn orthonormal(&self, mut y: E::Matrix, passes: usize) -> Result<E::Matrix> {
-        for _ in 0..passes {
-            let l = self.engine.shape(&y).cols;
-            let (w, kept) = whitening(&self.finite_gram(&y, "Gram matrix")?, l)?;
+    /// The decomposition of the projection on a block Krylov basis.
+    fn krylov(&mut self, width: usize, key: u64, options: &Factor) -> Result<Option<Found<E::Matrix>>> {
+        let engine = self.engine;
+        let side = self.shape.cols;
+        let start = engine.sketch(Shape { rows: side, cols: width }, options.seed, key)?;
+        let mut stats = DeltaStats::default();
+        let (_, mut w) = engine.sweep(self.pair, &start, Some(&mut stats))?;
+        self.stats = stats;
+        if self.is_zero()? {
+            return Ok(None);
+        }
+        if !COMFORTABLE.contains(&stats.sumsq) {
+            w = engine.sweep(self.pair, &self.times(&start, 1.0 / stats.sumsq.sqrt())?, None)?.1;
+        }
+        let Some(mut z) = self.orthonormal(None, &w)? else {
+            // What is there is too small for f32 products to see; its sums are known all the same.
+            return Ok(None);
+        };
+        let mut basis: Option<(E::Matrix, E::Matrix)> = None;
+        let probes =
+            engine.matrix(&gaussian(side * PROBES, options.seed, key), Shape { rows: side, cols: PROBES })?;
+        let mut probed = None;
+        for block in 1.. {
+            let last = matches!(options.rank, Rank::Fixed(_)) && block >= options.blocks.max(1);
+            let columns = engine.shape(&z).cols;
+            let (y, next) = if last {
+                // The probes go through with the last block, in the same read.
+                let y = engine.forward(self.pair, &engine.beside(&[&z, &probes])?)?;
+                probed = Some(self.columns(&y, columns, PROBES)?);
+                (self.columns(&y, 0, columns)?, None)
+            } else if COMFORTABLE.contains(&stats.sumsq) {
+                let (y, w) = engine.sweep(self.pair, &z, None)?;
+                (y, Some(w))
+            } else {
+                let norm = stats.sumsq.sqrt();
+                let (y, w) = engine.sweep(self.pair, &self.times(&z, 1.0 / norm)?, None)?;
+                (self.times(&y, norm)?, Some(w))
+            };
+            let (all_z, all_y) = match &basis {
+                None => (z, y),
+                Some((before_z, before_y)) => {
+                    (engine.beside(&[before_z, &z])?, engine.beside(&[before_y, &y])?)
+                }
+            };
+            let l = engine.shape(&all_z).cols;
+            let following = match next {
+                Some(w) if !self.settled(&all_y, l, columns, block, options)? => {
+                    self.orthonormal(Some(&all_z), &w)?
+                }
+                _ => None,
+            };
+            if let Some(following) = following {
+                basis = Some((all_z, all_y));
+                z = following;
+                continue;
+            }
+            let probed = match probed {
+                Some(probed) => probed,
+                None => engine.forward(self.pair, &probes)?,
+            };
+            let gram = self.gram(&all_y, "projection")?;
+            let outside = self.outside(&all_z, &all_y, &probes, &probed, &gram)?;
+            let (theta, eigen) = self.decompose(&all_y, &gram, l)?;
+            return Ok(Some(Found { theta, eigen, long: all_y, short: all_z, tall: true, outside }));
+        }
+        Ok(None)
+    }
+
+    /// Whether the rank that is looked for is found in a basis of `l` columns, the last `columns` of them new.
+    fn settled(
+        &self,
+        y: &E::Matrix,
+        l: usize,
+        columns: usize,
+        block: usize,
+        options: &Factor,
+    ) -> Result<bool> {
+        if block < options.blocks.max(1) {
+            return Ok(false);
+        }
+        let (theta, _) = self.decompose(y, &self.gram(y, "projection")?, l)?;
+        // The last block is the coarsest; a rank that needs none of it is trusted.
+        Ok(options.rank.choose(&theta, self.shape, &self.stats) + columns <= l
+            || l >= options.rank.max() + columns)
+    }
+
+    /// Whether both sides are equal; sums that are no numbers are an error.
+    fn is_zero(&self) -> Result<bool> {
+        if !self.stats.sumsq.is_finite() {
+            return Err(LowRankError::NotFinite { what: "squared norm", shape: self.shape });
+        }
+        Ok(self.stats.nonzero == 0 || self.stats.sumsq <= 0.0)
+    }
+
+    /// Singular values and right vectors of `y` from its Gram matrix; values that are rounding of products are cut.
+    fn decompose(&self, y: &E::Matrix, gram: &[f64], l: usize) -> Result<(Vec<f64>, Eigen)> {
+        let eigen = Eigen::new(gram, l)?;
+        let theta: Vec<f64> = eigen.values.iter().map(|value| value.max(0.0).sqrt()).collect();
+        let largest = theta.first().copied().unwrap_or(0.0);
+        if largest <= 0.0 {
+            return Err(LowRankError::NotFinite { what: "projection", shape: self.engine.shape(y) });
+        }
+        // A product in f32 disturbs every singular value by a few epsilons of the largest.
+        let cut = 4.0 * f64::from(f32::EPSILON) * (l as f64).sqrt() * largest;
+        Ok((theta.into_iter().take_while(|&value| value > cut).collect(), eigen))
+    }
+
+    /// An orthonormal basis of what the columns of `w` add to the orthonormal ones of `before`; `None` if nothing that
+    /// stands out of the rounding of `w`. The last of its passes leaves an error of a few f32 epsilons.
+    fn orthonormal(&self, before: Option<&E::Matrix>, w: &E::Matrix) -> Result<Option<E::Matrix>> {
+        let engine = self.engine;
+        let known = before.map_or(0, |z| engine.shape(z).cols);
+        // The known columns are orthonormal to an f32 epsilon, so what is left of W beside them is not in the Gram matrix
+        // of both, where it drowns in that epsilon: it is made, and only then are its columns made orthonormal.
+        let passes: &[bool] = if known > 0 { &[false, true, true] } else { &[true, true] };
+        let mut found: Option<E::Matrix> = None;
+        for &whiten in passes {
+            let new = found.as_ref().unwrap_or(w);
+            let all = before.map(|before| engine.beside(&[before, new])).transpose()?;
+            let all = all.as_ref().unwrap_or(new);
+            let l = engine.shape(all).cols;
+            let count = l - known;
+            let gram = self.gram(all, "Gram matrix")?;
+            let at = |i: usize, j: usize| gram[i * l + j];
+            let (mut white, mut kept) = (vec![0.0; count * count], count);
+            if whiten {
+                // S = W^T W - C^T C with C = Z^T W.
+                let mut rest = vec![0.0; count * count];
+                for i in 0..count {
+                    for j in 0..count {
+                        let inside: f64 = (0..known).map(|k| at(k, known + i) * at(k, known + j)).sum();
+                        rest[i * count + j] = at(known + i, known + j) - inside;
+                    }
+                }
+                if known > 0 && count == engine.shape(w).cols {
+                    // Columns came from unit length: one that lay in the known ones, but for their own epsilon, is
+                    // dropped.
+                    let rounding = (2.0 * f64::from(f32::EPSILON)).powi(2);
+                    for i in (0..count).filter(|&i| at(known + i, known + i) <= rounding) {
+                        (0..count).for_each(|j| (rest[i * count + j], rest[j * count + i]) = (0.0, 0.0));
+                    }
+                }
+                (white, kept) = whitening(&rest, count)?;
+            } else {
+                for i in 0..count {
+                    let square = at(known + i, known + i);
+                    white[i * count + i] = if square > 0.0 { 1.0 / square.sqrt() } else { 0.0 };
+                }
+            }
             if kept == 0 {
-                return Err(LowRankError::ZeroDelta { shape: self.shape });
+                return Ok(None);
             }
-            y = self.engine.apply_right(&y, &w, kept)?;
+            // [Z W] [-C; 1] white
+            let mut coefficients = vec![0.0; l * kept];
+            for k in 0..known {
+                for j in 0..kept {
+                    coefficients[k * kept + j] =
+                        -(0..count).map(|i| at(k, known + i) * white[i * kept + j]).sum::<f64>();
+                }
+            }
+            coefficients[known * kept..].copy_from_slice(&white);
+            found = Some(engine.apply_right(all, &coefficients, kept)?);
         }
-        Ok(y)
+        Ok(found)
     }
 
-    fn finite_gram(&self, y: &E::Matrix, what: &'static str) -> Result<Vec<f64>> {
+    /// What the basis leaves out, `R = D (1 - Z Z^T)`: its squared norm, and a bound on its squared 2-norm from its
+    /// action on Gaussian vectors (Halko, Martinsson and Tropp, lemma 4.1).
+    fn outside(
+        &self,
+        z: &E::Matrix,
+        y: &E::Matrix,
+        probes: &E::Matrix,
+        probed: &E::Matrix,
+        gram: &[f64],
+    ) -> Result<(f64, f64)> {
+        let engine = self.engine;
+        let l = engine.shape(z).cols;
+        let trace: f64 = (0..l).map(|i| gram[i * l + i]).sum();
+        // R w = D w - Y (Z^T w)
+        let inside = engine.read(&engine.gemm(z, true, probes)?)?;
+        let mut coefficients: Vec<f64> = inside.iter().map(|&x| -f64::from(x)).collect();
+        for i in 0..PROBES {
+            coefficients.extend((0..PROBES).map(|j| f64::from(u8::from(i == j))));
+        }
+        let image = engine.apply_right(&engine.beside(&[y, probed])?, &coefficients, PROBES)?;
+        let gram = self.gram(&image, "probe")?;
+        let longest_sq = (0..PROBES).map(|i| gram[i * PROBES + i]).fold(0.0, f64::max);
+        let norm_sq = 100.0 * std::f64::consts::FRAC_2_PI * longest_sq;
+        Ok(((self.stats.sumsq - trace).max(0.0), norm_sq))
+    }
+
+    /// Columns `first..first + count` of a matrix.
+    fn columns(&self, y: &E::Matrix, first: usize, count: usize) -> Result<E::Matrix> {
+        let l = self.engine.shape(y).cols;
+        let mut pick = vec![0.0; l * count];
+        (0..count).for_each(|j| pick[(first + j) * count + j] = 1.0);
+        Ok(self.engine.apply_right(y, &pick, count)?)
+    }
+
+    fn times(&self, y: &E::Matrix, factor: f64) -> Result<E::Matrix> {
+        let l = self.engine.shape(y).cols;
+        let mut scale = vec![0.0; l * l];
+        scale.iter_mut().step_by(l + 1).for_each(|x| *x = factor);
+        Ok(self.engine.apply_right(y, &scale, l)?)
+    }
+
+    fn gram(&self, y: &E::Matrix, what: &'static str) -> Result<Vec<f64>> {
         let gram = self.engine.gram(y)?;
         if gram.iter().all(|x| x.is_finite()) {
             Ok(gram)
         } else {
             Err(LowRankError::NotFinite { what, shape: self.shape })
         }
-    }
-
-    /// A bound on the 2-norm of what the basis leaves out, `D (I - Z Z^T)`, from its action on Gaussian vectors
-    /// (Halko, Martinsson and Tropp, lemma 4.1).
-    fn missed_norm_upper(&self, basis: &E::Matrix, key: u64, seed: u64) -> Result<f64> {
-        let shape = Shape { rows: self.short(), cols: PROBES };
-        let mut probes = gaussian(shape.rows * shape.cols, seed, key);
-        let inside = self.engine.gemm(basis, true, &self.engine.matrix(&probes, shape)?)?;
-        let inside = self.engine.read(&self.engine.gemm(basis, false, &inside)?)?;
-        for (probe, inside) in probes.iter_mut().zip(inside) {
-            *probe -= inside;
-        }
-        let image = self.forward(&self.engine.matrix(&probes, shape)?)?;
-        let gram = self.finite_gram(&image, "probe")?;
-        let longest = (0..PROBES).map(|i| gram[i * PROBES + i]).fold(0.0, f64::max).sqrt();
-        Ok(10.0 * std::f64::consts::FRAC_2_PI.sqrt() * longest)
     }
 }
 

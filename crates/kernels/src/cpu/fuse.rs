@@ -1,47 +1,62 @@
 //! Low-rank terms added to stored weights, with one rounding.
 
+use std::cell::RefCell;
+
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::{CpuMatrix, CpuRaw, LaneSum, PANEL};
-use crate::{AddStats, Dtype, KernelError, Result, Side};
+use super::tile::{self, Lines};
+use super::{CpuMatrix, LaneSum};
+use crate::dtype::{bf16_bits, f16_bits};
+use crate::{AddStats, Dtype, KernelError, Result, Shape, Side};
 
-/// Columns summed at a time: 8 KB of sums, and `A` in the second cache for the ranks in use.
-const COLS: usize = 2048;
+/// Rows of a panel at most.
+const ROWS: usize = 48;
+/// Elements of the sums of a panel: 256 KB.
+const SUMS: usize = 64 << 10;
 
-/// `w + sum c B A` of fitting shapes.
+thread_local! {
+    static SUM: RefCell<Lines> = RefCell::default();
+}
+
+/// `w + sum c B A` of fitting shapes, in place.
 pub(super) fn add_low_rank(
-    w: &CpuRaw,
+    w: &mut [u8],
+    dtype: Dtype,
+    shape: Shape,
     terms: &[(f32, &CpuMatrix, &CpuMatrix)],
-) -> Result<(Vec<u8>, AddStats)> {
-    let cols = w.shape.cols;
-    let mut out = w.bytes.clone();
-    if out.is_empty() {
-        return Ok((out, AddStats::default()));
+) -> Result<AddStats> {
+    if shape.is_empty() {
+        return Ok(AddStats::default());
     }
+    let (cols, ld) = (shape.cols, tile::stride(shape.cols));
     // [c_1 B_1 | c_2 B_2 | ...], each coefficient folded in once, and [A_1; A_2; ...] as rows.
     let rank: usize = terms.iter().map(|(_, b, _)| b.shape.cols).sum();
-    let mut left = Vec::with_capacity(w.shape.rows.saturating_mul(rank));
-    for row in 0..w.shape.rows {
+    let mut left = Vec::with_capacity(shape.rows.saturating_mul(rank));
+    for row in 0..shape.rows {
         for (c, b, _) in terms {
             left.extend(b.data[row * b.shape.cols..][..b.shape.cols].iter().map(|b| c * b));
         }
     }
-    let right: Vec<&[f32]> = terms.iter().flat_map(|(_, _, a)| a.data.chunks_exact(cols)).collect();
+    let mut right = Lines::zeros(rank * ld);
+    let lines = terms.iter().flat_map(|(_, _, a)| a.data.chunks_exact(cols));
+    for (out, a) in right.as_mut().chunks_exact_mut(ld).zip(lines) {
+        out[..cols].copy_from_slice(a);
+    }
 
-    let size = w.dtype.bytes();
-    let arch = pulp::Arch::new();
-    let panels: Vec<Result<AddStats>> = out
-        .par_chunks_mut(PANEL * cols * size)
+    let size = dtype.bytes();
+    let panel = (SUMS / ld).clamp(1, ROWS);
+    let arch = Arch::new();
+    let right = right.as_slice();
+    let panels: Vec<Result<AddStats>> = w
+        .par_chunks_mut(panel * cols * size)
         .enumerate()
-        .map(|(panel, out)| {
-            arch.dispatch(Panel {
-                dtype: w.dtype,
-                cols,
-                rank,
-                first: panel * PANEL,
-                left: &left,
-                right: &right,
-                out,
+        .map(|(at, bytes)| {
+            let first = at * panel;
+            let left = &left[first * rank..];
+            SUM.with(|sums| {
+                let sums = &mut *sums.borrow_mut();
+                arch.dispatch(Panel { dtype, cols, ld, rank, first, left, right, bytes, sums })
             })
         })
         .collect();
@@ -52,85 +67,123 @@ pub(super) fn add_low_rank(
         stats.intended_sumsq += panel.intended_sumsq;
         stats.realised_sumsq += panel.realised_sumsq;
     }
-    Ok((out, stats))
+    Ok(stats)
 }
 
-/// One panel of rows; a type, so that it is compiled once for each instruction set, with `fma` as one instruction
-/// where there is one.
+/// A few rows; a type, so that it is compiled once for each instruction set.
 struct Panel<'a> {
     dtype: Dtype,
     cols: usize,
+    ld: usize,
     rank: usize,
     first: usize,
     left: &'a [f32],
-    right: &'a [&'a [f32]],
-    out: &'a mut [u8],
+    right: &'a [f32],
+    bytes: &'a mut [u8],
+    sums: &'a mut Lines,
 }
 
-impl pulp::WithSimd for Panel<'_> {
+impl WithSimd for Panel<'_> {
     type Output = Result<AddStats>;
 
     #[inline(always)]
-    fn with_simd<S: pulp::Simd>(self, _: S) -> Self::Output {
-        let Panel { dtype, cols, rank, first, left, right, out } = self;
-        let size = dtype.bytes();
-        let width = COLS.min(cols);
-        let (mut sums, mut old, mut new) = (vec![0.0f32; width], vec![0.0f64; width], vec![0.0f64; width]);
-        let (mut intended, mut realised) = (LaneSum::default(), LaneSum::default());
-        let mut changed = 0u64;
-        // The lowest flat index at fault, and what is wrong with it.
-        let mut fault: Option<(usize, KernelError)> = None;
-        for start in (0..cols).step_by(COLS) {
-            let width = COLS.min(cols - start);
-            let (sums, old, new) = (&mut sums[..width], &mut old[..width], &mut new[..width]);
-            for (i, line) in out.chunks_exact_mut(cols * size).enumerate() {
-                let row = first + i;
-                sums.fill(0.0);
-                for (&l, a) in left[row * rank..][..rank].iter().zip(right) {
-                    for (s, &a) in sums.iter_mut().zip(&a[start..][..width]) {
-                        *s = l.mul_add(a, *s);
-                    }
-                }
-                let bytes = &mut line[start * size..][..width * size];
-                dtype.widen_f64(bytes, old);
-                store(dtype, old, sums, new, bytes);
-                changed += old.iter().zip(new.iter()).map(|(old, new)| u64::from(old != new)).sum::<u64>();
-                intended.extend(width, |j| f64::from(sums[j]) * f64::from(sums[j]));
-                realised.extend(width, |j| (new[j] - old[j]) * (new[j] - old[j]));
-                if let Some(j) = (0..width).find(|&j| !old[j].is_finite() || !new[j].is_finite()) {
-                    let at = row * cols + start + j;
-                    if fault.as_ref().is_none_or(|(lowest, _)| at < *lowest) {
-                        let index = at as u64;
-                        fault = Some(match old[j].is_finite() {
-                            false => (at, KernelError::NonFinite { side: Side::Target, index }),
-                            true => (at, KernelError::Overflow { what: "add_low_rank", index }),
-                        });
-                    }
-                }
+    fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
+        let Panel { dtype, cols, ld, rank, first, left, right, bytes, sums } = self;
+        let row_bytes = cols * dtype.bytes();
+        let rows = bytes.len() / row_bytes;
+        sums.reserve(rows * ld);
+        let sums = &mut sums.as_mut()[..rows * ld];
+        sums.fill(0.0);
+        tile::chain(simd, (rows, cols.next_multiple_of(tile::ALIGN), rank), left, (right, ld), (sums, ld));
+        let mut total = Total::default();
+        for (row, bytes) in bytes.chunks_exact_mut(row_bytes).enumerate() {
+            let s = &sums[row * ld..][..cols];
+            let fault = match dtype {
+                Dtype::Bf16 => total.row(s, bytes.as_chunks_mut::<2>().0, |w, s| {
+                    let old = f32::from_bits(u32::from(u16::from_le_bytes(*w)) << 16);
+                    let bits = if s == 0.0 { u16::from_le_bytes(*w) } else { bf16_bits(old + s) };
+                    *w = bits.to_le_bytes();
+                    (f64::from(old), f64::from(f32::from_bits(u32::from(bits) << 16)))
+                }),
+                Dtype::F16 => total.row(s, bytes.as_chunks_mut::<2>().0, |w, s| {
+                    let old = half::f16::from_le_bytes(*w);
+                    let bits = if s == 0.0 { old.to_bits() } else { f16_bits(old.to_f32() + s) };
+                    *w = bits.to_le_bytes();
+                    (old.to_f64(), half::f16::from_bits(bits).to_f64())
+                }),
+                Dtype::F32 => total.row(s, bytes.as_chunks_mut::<4>().0, |w, s| {
+                    let old = f32::from_le_bytes(*w);
+                    let new = if s == 0.0 { old } else { old + s };
+                    *w = new.to_le_bytes();
+                    (f64::from(old), f64::from(new))
+                }),
+                _ => total.row(s, bytes.as_chunks_mut::<8>().0, |w, s| {
+                    let old = f64::from_le_bytes(*w);
+                    let new = if s == 0.0 { old } else { old + f64::from(s) };
+                    *w = new.to_le_bytes();
+                    (old, new)
+                }),
+            };
+            if let Some((col, was_finite)) = fault {
+                let index = ((first + row) * cols + col) as u64;
+                return Err(match was_finite {
+                    false => KernelError::NonFinite { side: Side::Target, index },
+                    true => KernelError::Overflow { what: "add_low_rank", index },
+                });
             }
         }
-        match fault {
-            Some((_, error)) => Err(error),
-            None => {
-                Ok(AddStats { changed, intended_sumsq: intended.total(), realised_sumsq: realised.total() })
-            }
-        }
+        Ok(AddStats {
+            changed: total.changed,
+            intended_sumsq: total.intended.total(),
+            realised_sumsq: total.realised.total(),
+        })
     }
 }
 
-/// Rounds `old + sums` into `bytes`, and gives the stored values; a sum of 0 leaves the bytes alone.
-#[inline(always)]
-fn store(dtype: Dtype, old: &[f64], sums: &[f32], new: &mut [f64], bytes: &mut [u8]) {
-    let size = dtype.bytes();
-    for (((&old, &s), new), bytes) in old.iter().zip(sums).zip(new).zip(bytes.chunks_exact_mut(size)) {
-        *new = if s == 0.0 {
-            old
-        } else if dtype == Dtype::F64 {
-            let sum = old + f64::from(s);
-            bytes.copy_from_slice(&sum.to_le_bytes());
-            sum
-        } else {
-            f64::from(dtype.store(old as f32 + s, bytes))
-        };
+#[derive(Default)]
+struct Total {
+    changed: u64,
+    intended: LaneSum,
+    realised: LaneSum,
+}
+
+impl Total {
+    /// Adds one row; `add` gives the old and the new value. Returns the first column at fault, and whether its weight
+    /// was finite before.
+    #[inline(always)]
+    fn row<const N: usize>(
+        &mut self,
+        s: &[f32],
+        w: &mut [[u8; N]],
+        add: impl Fn(&mut [u8; N], f32) -> (f64, f64),
+    ) -> Option<(usize, bool)> {
+        let mut changed = 0u32;
+        let (mut old, mut new) = ([0.0f64; 256], [0.0f64; 256]);
+        for (at, (s, w)) in s.chunks(256).zip(w.chunks_mut(256)).enumerate() {
+            let len = s.len();
+            for i in 0..len {
+                (old[i], new[i]) = add(&mut w[i], s[i]);
+            }
+            let (old, new) = (&old[..len], &new[..len]);
+            for i in 0..len {
+                changed += u32::from(old[i] != new[i]);
+            }
+            let mut moved = [0.0f64; 256];
+            for i in 0..len {
+                moved[i] = new[i] - old[i];
+            }
+            let mut realised = LaneSum::default();
+            realised.squares(&moved[..len]);
+            self.intended.squares(s);
+            self.realised.add(&realised);
+            // Of 256 finite differences of 8-byte numbers the squares may overflow, so the elements decide.
+            if realised.0.iter().any(|x| !x.is_finite())
+                && let Some(i) = (0..len).find(|&i| !old[i].is_finite() || !new[i].is_finite())
+            {
+                return Some((at * 256 + i, old[i].is_finite()));
+            }
+        }
+        self.changed += u64::from(changed);
+        None
     }
 }

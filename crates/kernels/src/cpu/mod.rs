@@ -1,18 +1,22 @@
 //! The engine that every machine has: host memory, rayon threads and the `gemm` crate.
 //!
 //! Work is cut into panels of a size that depends on the shape only, and sums over panels are added in panel order,
-//! so results are the same bits for any thread count. It runs on the rayon pool of its caller.
-//!
-//! Not here yet: a panel kernel of our own for skinny products.
+//! so results are the same bits for any thread count. It runs on the rayon pool of its caller. A difference is a pair of
+//! stored sides; passes over it make it panel by panel in the second cache, with the widest vectors that the processor
+//! has, and never store it.
 
-mod delta;
 mod fuse;
+mod pass;
 mod product;
+mod rows;
+mod tile;
 
 use rayon::prelude::*;
 
 use crate::philox::{entry, sketch_words};
+use crate::weights::Weights;
 use crate::{AddStats, DeltaStats, Dtype, Engine, KernelError, Result, Shape};
+pub use rows::CpuPair;
 
 /// Rows (or columns) of a panel.
 const PANEL: usize = 128;
@@ -26,14 +30,6 @@ impl CpuEngine {
     pub fn new() -> CpuEngine {
         CpuEngine
     }
-}
-
-/// Stored weights in host memory.
-#[derive(Debug, Clone)]
-pub struct CpuRaw {
-    bytes: Vec<u8>,
-    dtype: Dtype,
-    shape: Shape,
 }
 
 /// An f32 matrix in host memory.
@@ -50,19 +46,20 @@ impl CpuMatrix {
 }
 
 impl Engine for CpuEngine {
-    type Raw = CpuRaw;
+    type Pair = CpuPair;
     type Matrix = CpuMatrix;
 
     fn name(&self) -> String {
         "cpu".to_owned()
     }
 
-    fn raw(&self, bytes: &[u8], dtype: Dtype, shape: Shape) -> Result<CpuRaw> {
-        let need = shape.bytes(dtype)?;
-        if bytes.len() != need {
-            return Err(KernelError::Length { what: "bytes of weights", shape, need, found: bytes.len() });
-        }
-        Ok(CpuRaw { bytes: bytes.to_vec(), dtype, shape })
+    fn pair(&self, aligned: Weights, degraded: Weights) -> Result<CpuPair> {
+        same_shape("pair", aligned.shape, degraded.shape)?;
+        Ok(CpuPair { shape: aligned.shape, aligned, degraded })
+    }
+
+    fn pair_shape(&self, pair: &CpuPair) -> Shape {
+        pair.shape
     }
 
     fn matrix(&self, data: &[f32], shape: Shape) -> Result<CpuMatrix> {
@@ -81,9 +78,43 @@ impl Engine for CpuEngine {
         matrix.shape
     }
 
-    fn delta(&self, aligned: &CpuRaw, degraded: &CpuRaw) -> Result<(CpuMatrix, DeltaStats)> {
-        same_shape("delta", aligned.shape, degraded.shape)?;
-        delta::delta(aligned, degraded)
+    fn beside(&self, matrices: &[&CpuMatrix]) -> Result<CpuMatrix> {
+        let Some(first) = matrices.first() else { return CpuMatrix::zeros(Shape { rows: 0, cols: 0 }) };
+        if let Some(other) = matrices.iter().find(|m| m.shape.rows != first.shape.rows) {
+            return Err(KernelError::ShapeMismatch { what: "beside", left: first.shape, right: other.shape });
+        }
+        let shape = Shape { rows: first.shape.rows, cols: matrices.iter().map(|m| m.shape.cols).sum() };
+        let mut data = Vec::with_capacity(shape.len()?);
+        for row in 0..shape.rows {
+            for m in matrices {
+                data.extend_from_slice(&m.data[row * m.shape.cols..][..m.shape.cols]);
+            }
+        }
+        Ok(CpuMatrix { data, shape })
+    }
+
+    fn delta(&self, pair: &CpuPair) -> Result<(CpuMatrix, DeltaStats)> {
+        pass::delta(pair)
+    }
+
+    fn stats(&self, pair: &CpuPair) -> Result<DeltaStats> {
+        pass::stats(pair)
+    }
+
+    fn forward(&self, pair: &CpuPair, z: &CpuMatrix) -> Result<CpuMatrix> {
+        check_block("forward", pair, z)?;
+        Ok(pass::sweep(pair, z, false, None)?.0)
+    }
+
+    fn sweep(
+        &self,
+        pair: &CpuPair,
+        z: &CpuMatrix,
+        stats: Option<&mut DeltaStats>,
+    ) -> Result<(CpuMatrix, CpuMatrix)> {
+        check_block("sweep", pair, z)?;
+        let (y, w) = pass::sweep(pair, z, true, stats)?;
+        Ok((y, w.unwrap_or(CpuMatrix { data: Vec::new(), shape: z.shape })))
     }
 
     fn sketch(&self, shape: Shape, seed: u64, key: u64) -> Result<CpuMatrix> {
@@ -123,23 +154,35 @@ impl Engine for CpuEngine {
         product::apply_right(y, w, cols)
     }
 
-    fn residual(&self, delta: &CpuMatrix, b: &CpuMatrix, a: &CpuMatrix) -> Result<f64> {
-        check_factors("residual", delta.shape, b, a)?;
-        Ok(product::residual(delta, b, a))
+    fn residual(&self, pair: &CpuPair, b: &CpuMatrix, a: &CpuMatrix) -> Result<f64> {
+        check_factors("residual", pair.shape, b, a)?;
+        pass::residual(pair, b, a)
     }
 
     fn add_low_rank(
         &self,
-        w: &CpuRaw,
+        w: &mut [u8],
+        dtype: Dtype,
+        shape: Shape,
         terms: &[(f32, &CpuMatrix, &CpuMatrix)],
-    ) -> Result<(Vec<u8>, AddStats)> {
-        for (_, b, a) in terms {
-            check_factors("add_low_rank", w.shape, b, a)?;
+    ) -> Result<AddStats> {
+        let need = shape.bytes(dtype)?;
+        if w.len() != need {
+            return Err(KernelError::Length { what: "bytes of weights", shape, need, found: w.len() });
         }
-        fuse::add_low_rank(w, terms)
+        if !dtype.is_written() {
+            return Err(KernelError::NotWritten { what: "add_low_rank", dtype });
+        }
+        for (_, b, a) in terms {
+            check_factors("add_low_rank", shape, b, a)?;
+        }
+        fuse::add_low_rank(w, dtype, shape, terms)
     }
 
     fn pack(&self, matrix: &CpuMatrix, dtype: Dtype) -> Result<Vec<u8>> {
+        if !dtype.is_written() {
+            return Err(KernelError::NotWritten { what: "pack", dtype });
+        }
         let size = dtype.bytes();
         let mut out = vec![0u8; matrix.shape.bytes(dtype)?];
         for (index, (&x, out)) in matrix.data.iter().zip(out.chunks_exact_mut(size)).enumerate() {
@@ -155,6 +198,13 @@ fn same_shape(what: &'static str, left: Shape, right: Shape) -> Result<()> {
     if left == right { Ok(()) } else { Err(KernelError::ShapeMismatch { what, left, right }) }
 }
 
+fn check_block(what: &'static str, pair: &CpuPair, z: &CpuMatrix) -> Result<()> {
+    if z.shape.rows == pair.shape.cols {
+        return Ok(());
+    }
+    Err(KernelError::ShapeMismatch { what, left: pair.shape, right: z.shape })
+}
+
 fn check_factors(what: &'static str, shape: Shape, b: &CpuMatrix, a: &CpuMatrix) -> Result<()> {
     if b.shape.cols != a.shape.rows {
         return Err(KernelError::ShapeMismatch { what, left: b.shape, right: a.shape });
@@ -167,18 +217,26 @@ fn check_factors(what: &'static str, shape: Shape, b: &CpuMatrix, a: &CpuMatrix)
 struct LaneSum([f64; 8]);
 
 impl LaneSum {
-    /// Adds the terms `f(0)`, .., `f(len - 1)`, term i to part i mod 8.
+    /// Adds the squares of `values`, number i to part i mod 8.
     #[inline(always)]
-    fn extend(&mut self, len: usize, f: impl Fn(usize) -> f64) {
-        let whole = len / 8 * 8;
-        for start in (0..whole).step_by(8) {
-            for (lane, sum) in self.0.iter_mut().enumerate() {
-                *sum += f(start + lane);
+    fn squares<T: Copy + Into<f64>>(&mut self, values: &[T]) {
+        let (whole, rest) = values.as_chunks::<8>();
+        let mut sum = self.0;
+        for values in whole {
+            for lane in 0..8 {
+                let x: f64 = values[lane].into();
+                sum[lane] += x * x;
             }
         }
-        for i in whole..len {
-            self.0[i - whole] += f(i);
+        for (sum, &x) in sum.iter_mut().zip(rest) {
+            let x: f64 = x.into();
+            *sum += x * x;
         }
+        self.0 = sum;
+    }
+
+    fn add(&mut self, other: &LaneSum) {
+        self.0.iter_mut().zip(other.0).for_each(|(sum, x)| *sum += x);
     }
 
     fn total(self) -> f64 {

@@ -4,11 +4,9 @@
 
 use rayon::prelude::*;
 
-use super::{CpuMatrix, LaneSum, PANEL};
+use super::{CpuMatrix, PANEL};
 use crate::{Result, Shape};
 
-/// Columns of `A` in one block of a residual panel: 512 KB of f64 products.
-const RESIDUAL_COLS: usize = 512;
 /// Panels of a Gram matrix at most, so that their partial sums stay small.
 const GRAM_PANELS: usize = 16;
 
@@ -89,45 +87,6 @@ pub(super) fn apply_right(y: &CpuMatrix, w: &[f64], cols: usize) -> Result<CpuMa
         }
     });
     Ok(out)
-}
-
-/// The squared Frobenius norm of `delta - B A` in f64, of fitting shapes.
-pub(super) fn residual(delta: &CpuMatrix, b: &CpuMatrix, a: &CpuMatrix) -> f64 {
-    let (n, rank) = (delta.shape.cols, b.shape.cols);
-    if delta.data.is_empty() {
-        return 0.0;
-    }
-    let a: Vec<f64> = a.data.iter().map(|&x| f64::from(x)).collect();
-    let parts: Vec<f64> = delta
-        .data
-        .par_chunks(PANEL * n)
-        .enumerate()
-        .map(|(panel, delta)| {
-            let rows = delta.len() / n;
-            let first = panel * PANEL * rank;
-            let b: Vec<f64> = b.data[first..first + rows * rank].iter().map(|&x| f64::from(x)).collect();
-            let b = View { data: &b, row_stride: rank, col_stride: 1 };
-            let mut product = vec![0.0f64; rows * RESIDUAL_COLS.min(n)];
-            let mut sum = LaneSum::default();
-            for start in (0..n).step_by(RESIDUAL_COLS) {
-                let width = RESIDUAL_COLS.min(n - start);
-                let product = &mut product[..rows * width];
-                if rank > 0 {
-                    let a = View { data: &a[start..], row_stride: n, col_stride: 1 };
-                    multiply(product, (rows, width, rank), b, a);
-                }
-                for (row, product) in product.chunks(width).enumerate() {
-                    let delta = &delta[row * n + start..][..width];
-                    sum.extend(width, |j| {
-                        let rest = f64::from(delta[j]) - product[j];
-                        rest * rest
-                    });
-                }
-            }
-            sum.total()
-        })
-        .collect();
-    parts.iter().sum()
 }
 
 fn add(sum: &mut [f64], part: &[f64]) {

@@ -28,7 +28,9 @@ fn check(engine: &impl Engine, rows: usize, cols: usize, ranks: &[usize], dtype:
             })
             .collect();
         let terms: Vec<_> = matrices.iter().map(|(c, b, a)| (*c, b, a)).collect();
-        engine.add_low_rank(&engine.raw(&w, dtype, shape).unwrap(), &terms).unwrap()
+        let mut out = w.clone();
+        let stats = engine.add_low_rank(&mut out, dtype, shape, &terms).unwrap();
+        (out, stats)
     });
     let (mut changed, mut intended, mut realised) = (0, 0.0f64, 0.0f64);
     let size = dtype.bytes();
@@ -75,8 +77,8 @@ fn add_low_rank_of_zero_keeps_every_bit() {
     let w = stored(&[-0.0, 0.0, 1.5], Dtype::Bf16);
     let b = engine.matrix(&[1.0], Shape { rows: 1, cols: 1 }).unwrap();
     let a = engine.matrix(&[1.0, -1.0, 2.0], shape).unwrap();
-    let (out, stats) =
-        engine.add_low_rank(&engine.raw(&w, Dtype::Bf16, shape).unwrap(), &[(0.0, &b, &a)]).unwrap();
+    let mut out = w.clone();
+    let stats = engine.add_low_rank(&mut out, Dtype::Bf16, shape, &[(0.0, &b, &a)]).unwrap();
     assert_eq!(out, w);
     assert_eq!((stats.changed, stats.intended_sumsq, stats.realised_sumsq), (0, 0.0, 0.0));
 }
@@ -87,7 +89,7 @@ fn check_refused(w: &[f32], dtype: Dtype, a: f32, want: KernelError) {
     let shape = Shape { rows: 1, cols: w.len() };
     let b = engine.matrix(&[1.0], Shape { rows: 1, cols: 1 }).unwrap();
     let a = engine.matrix(&vec![a; w.len()], shape).unwrap();
-    let result = engine.add_low_rank(&engine.raw(&stored(w, dtype), dtype, shape).unwrap(), &[(1.0, &b, &a)]);
+    let result = engine.add_low_rank(&mut stored(w, dtype), dtype, shape, &[(1.0, &b, &a)]);
     assert_eq!(result.unwrap_err(), want);
 }
 
@@ -107,16 +109,22 @@ fn add_low_rank_refuses_overflow_and_what_is_not_finite() {
     (w[2999], w[3000]) = (f32::NAN, f32::NAN);
     let b = engine.matrix(&[1.0; 2], Shape { rows: 2, cols: 1 }).unwrap();
     let a = engine.matrix(&vec![1.0; 3000], Shape { rows: 1, cols: 3000 }).unwrap();
-    let raw = engine.raw(&stored(&w, Dtype::Bf16), Dtype::Bf16, shape).unwrap();
-    let error = engine.add_low_rank(&raw, &[(1.0, &b, &a)]).unwrap_err();
+    let mut w = stored(&w, Dtype::Bf16);
+    let error = engine.add_low_rank(&mut w, Dtype::Bf16, shape, &[(1.0, &b, &a)]).unwrap_err();
     assert_eq!(error, KernelError::NonFinite { side: Side::Target, index: 2999 });
 }
 
 #[test]
 fn add_low_rank_of_shapes_that_do_not_fit() {
     let engine = CpuEngine::new();
-    let raw = engine.raw(&[0; 12], Dtype::Bf16, Shape { rows: 2, cols: 3 }).unwrap();
+    let (mut w, shape) = ([0; 12], Shape { rows: 2, cols: 3 });
     let b = engine.matrix(&[1.0; 2], Shape { rows: 2, cols: 1 }).unwrap();
     let a = engine.matrix(&[1.0; 2], Shape { rows: 1, cols: 2 }).unwrap();
-    assert!(matches!(engine.add_low_rank(&raw, &[(1.0, &b, &a)]), Err(KernelError::ShapeMismatch { .. })));
+    let mut add = |dtype, terms: &[_]| engine.add_low_rank(&mut w, dtype, shape, terms);
+    assert!(matches!(add(Dtype::Bf16, &[(1.0, &b, &a)]), Err(KernelError::ShapeMismatch { .. })));
+    assert!(matches!(add(Dtype::F32, &[]), Err(KernelError::Length { .. })));
+    assert!(matches!(
+        engine.add_low_rank(&mut [0; 6], Dtype::F8E4M3, shape, &[]),
+        Err(KernelError::NotWritten { .. })
+    ));
 }

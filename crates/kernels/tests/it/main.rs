@@ -7,7 +7,7 @@ mod delta;
 mod product;
 mod sketch;
 
-use kernels::{Dtype, philox4x32_10, reference};
+use kernels::{Dtype, Engine, Shape, Weights, philox4x32_10, reference};
 
 const DTYPES: [Dtype; 4] = [Dtype::F64, Dtype::F32, Dtype::F16, Dtype::Bf16];
 
@@ -38,4 +38,10 @@ fn stored(values: &[f32], dtype: Dtype) -> Vec<u8> {
 
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
+}
+
+/// A pair of stored sides on an engine.
+fn pair<E: Engine>(engine: &E, aligned: (&[u8], Dtype), degraded: (&[u8], Dtype), shape: Shape) -> E::Pair {
+    let side = |(bytes, dtype): (&[u8], Dtype)| Weights::copied(bytes, dtype, shape).unwrap();
+    engine.pair(side(aligned), side(degraded)).unwrap()
 }

@@ -1,8 +1,8 @@
-//! `gemm`, `gram`, `apply_right` and `residual` against f64.
+//! `sweep`, `forward`, `gemm`, `gram`, `apply_right` and `residual` against f64.
 
-use kernels::{CpuEngine, Engine, KernelError, Shape, reference};
+use kernels::{CpuEngine, DeltaStats, Dtype, Engine, KernelError, Shape, reference};
 
-use crate::{bits, noise, on_any_threads};
+use crate::{bits, noise, on_any_threads, pair};
 
 const ODD: [(usize, usize, usize); 8] =
     [(1, 1, 1), (3, 129, 2), (129, 5, 24), (257, 130, 7), (2, 600, 33), (128, 128, 16), (5, 1, 3), (0, 4, 2)];
@@ -98,6 +98,12 @@ fn apply_right_of_odd_shapes() {
     }
 }
 
+/// A pair whose difference is `delta`, bit for bit.
+fn difference<E: Engine>(engine: &E, delta: &[f32], shape: Shape) -> E::Pair {
+    let bytes: Vec<u8> = delta.iter().flat_map(|x| x.to_le_bytes()).collect();
+    pair(engine, (&bytes, Dtype::F32), (&vec![0; bytes.len()], Dtype::F32), shape)
+}
+
 #[track_caller]
 fn check_residual(engine: &impl Engine, rows: usize, cols: usize, rank: usize) {
     let shape = Shape { rows, cols };
@@ -106,15 +112,74 @@ fn check_residual(engine: &impl Engine, rows: usize, cols: usize, rank: usize) {
     let near = reference::gemm(&b, Shape { rows, cols: rank }, false, &a, cols);
     let delta: Vec<f32> = near.iter().zip(noise(8, rows * cols)).map(|(x, e)| *x as f32 + 1e-6 * e).collect();
     let got = on_any_threads(|| {
-        let delta = engine.matrix(&delta, shape).unwrap();
+        let pair = difference(engine, &delta, shape);
         let b = engine.matrix(&b, Shape { rows, cols: rank }).unwrap();
         let a = engine.matrix(&a, Shape { rows: rank, cols }).unwrap();
-        engine.residual(&delta, &b, &a).unwrap()
+        engine.residual(&pair, &b, &a).unwrap()
     });
     let want = reference::residual(&delta, shape, &b, &a, rank);
     // f64 throughout: each rest of about 1e-6 carries `rank` roundings of products below 1, and the sum `rows * cols`.
     let rel = 4.0 * rank as f64 * f64::EPSILON / 1e-7 + (rows * cols) as f64 * f64::EPSILON;
     assert!((got - want).abs() <= rel * want, "{shape} rank {rank}: {got} for {want}");
+}
+
+#[track_caller]
+fn check_sweep(engine: &impl Engine, rows: usize, cols: usize, l: usize) {
+    let shape = Shape { rows, cols };
+    let (d, z) = (noise(9, rows * cols), noise(10, cols * l));
+    let (y, w, forward) = on_any_threads(|| {
+        let pair = difference(engine, &d, shape);
+        let z = engine.matrix(&z, Shape { rows: cols, cols: l }).unwrap();
+        let mut stats = DeltaStats::default();
+        let (y, w) = engine.sweep(&pair, &z, Some(&mut stats)).unwrap();
+        assert_eq!(
+            (engine.shape(&y), engine.shape(&w)),
+            (Shape { rows, cols: l }, Shape { rows: cols, cols: l })
+        );
+        assert_eq!(stats, engine.stats(&pair).unwrap());
+        let forward = engine.read(&engine.forward(&pair, &z).unwrap()).unwrap();
+        let (again, _) = engine.sweep(&pair, &z, None).unwrap();
+        assert_eq!(bits(&engine.read(&again).unwrap()), bits(&engine.read(&y).unwrap()));
+        (engine.read(&y).unwrap(), engine.read(&w).unwrap(), forward)
+    });
+    assert_eq!(bits(&y), bits(&forward));
+    let abs = |x: &[f32]| x.iter().map(|x| x.abs()).collect::<Vec<_>>();
+    let want = reference::gemm(&d, shape, false, &z, l);
+    let size = reference::gemm(&abs(&d), shape, false, &abs(&z), l);
+    // As many roundings as terms, each at most half an epsilon of the sum of magnitudes.
+    for (i, ((&got, want), size)) in y.iter().zip(&want).zip(&size).enumerate() {
+        let bound = cols as f64 * f64::from(f32::EPSILON) * size;
+        assert!((f64::from(got) - want).abs() <= bound, "{shape} x {l}: {i}: {got} for {want}");
+    }
+    // The way back starts from the Y that came out.
+    let y_shape = Shape { rows, cols: l };
+    let want = reference::gemm(&d, shape, true, &y, l);
+    let size = reference::gemm(&abs(&d), shape, true, &abs(&y), l);
+    assert_eq!((w.len(), engine.shape(&engine.matrix(&y, y_shape).unwrap())), (want.len(), y_shape));
+    for (i, ((&got, want), size)) in w.iter().zip(&want).zip(&size).enumerate() {
+        let bound = rows as f64 * f64::from(f32::EPSILON) * size;
+        assert!((f64::from(got) - want).abs() <= bound, "{shape} x {l}: back: {i}: {got} for {want}");
+    }
+}
+
+#[test]
+fn sweep_of_odd_shapes() {
+    for (rows, cols) in [(1, 1), (7, 33), (130, 95), (9, 1100), (1030, 64), (260, 2049), (0, 3), (3, 0)] {
+        for l in [1, 2, 3, 4, 5, 12, 24, 31] {
+            check_sweep(&CpuEngine::new(), rows, cols, l);
+        }
+    }
+}
+
+#[test]
+fn beside_of_matrices_and_of_other_heights() {
+    let engine = CpuEngine::new();
+    let m = |data: &[f32], cols| engine.matrix(data, Shape { rows: 2, cols }).unwrap();
+    let (a, b) = (m(&[1.0, 2.0], 1), m(&[3.0, 4.0, 5.0, 6.0], 2));
+    let both = engine.beside(&[&a, &b]).unwrap();
+    assert_eq!(engine.read(&both).unwrap(), [1.0, 3.0, 4.0, 2.0, 5.0, 6.0]);
+    let high = engine.matrix(&[0.0; 3], Shape { rows: 3, cols: 1 }).unwrap();
+    assert!(matches!(engine.beside(&[&a, &high]), Err(KernelError::ShapeMismatch { .. })));
 }
 
 #[test]
@@ -131,6 +196,9 @@ fn products_of_shapes_that_do_not_fit() {
     assert!(matches!(engine.gemm(&x, false, &x), Err(KernelError::ShapeMismatch { .. })));
     assert!(engine.gemm(&x, true, &x).is_ok());
     assert!(matches!(engine.apply_right(&x, &[0.0; 5], 2), Err(KernelError::Length { .. })));
-    assert!(matches!(engine.residual(&x, &x, &x), Err(KernelError::ShapeMismatch { .. })));
+    let pair = difference(&engine, &[0.0; 6], Shape { rows: 2, cols: 3 });
+    assert!(matches!(engine.residual(&pair, &x, &x), Err(KernelError::ShapeMismatch { .. })));
+    assert!(matches!(engine.forward(&pair, &x), Err(KernelError::ShapeMismatch { .. })));
+    assert!(matches!(engine.sweep(&pair, &x, None), Err(KernelError::ShapeMismatch { .. })));
     assert!(matches!(engine.matrix(&[0.0; 5], Shape { rows: 2, cols: 3 }), Err(KernelError::Length { .. })));
 }

@@ -1,18 +1,18 @@
 //! `factor` and `certify` on differences that an engine holds.
 
-use kernels::{CpuEngine, DeltaStats, Dtype, Engine, Shape};
-use lowrank::{Certificate, Factor, LowRank, LowRankError, certify, factor};
+use kernels::{CpuEngine, DeltaStats, Dtype, Engine, Shape, Weights};
+use lowrank::{Certificate, Factor, LowRank, LowRankError, Rank, certify, factor};
 
 use crate::{brute_residual, matrix, noise, sum_of_squares, with_spectrum};
 
 fn run(delta: &[f32], shape: Shape, options: &Factor) -> Result<(LowRank, Certificate), LowRankError> {
     let engine = CpuEngine::new();
     let bytes: Vec<u8> = delta.iter().flat_map(|x| x.to_le_bytes()).collect();
-    let aligned = engine.raw(&bytes, Dtype::F32, shape)?;
-    let degraded = engine.raw(&vec![0; bytes.len()], Dtype::F32, shape)?;
-    let (delta, stats) = engine.delta(&aligned, &degraded)?;
-    let low_rank = factor(&engine, &delta, stats.sumsq, 7, options)?;
-    let certificate = certify(&engine, &delta, &stats, &low_rank)?;
+    let side = |bytes: &[u8]| Weights::copied(bytes, Dtype::F32, shape);
+    let pair = engine.pair(side(&bytes)?, side(&vec![0; bytes.len()])?)?;
+    let (low_rank, stats) = factor(&engine, &pair, 7, options)?;
+    let low_rank = low_rank.ok_or(LowRankError::ZeroDelta { shape })?;
+    let certificate = certify(&engine, &pair, &stats, &low_rank)?;
     Ok((low_rank, certificate))
 }
 
@@ -26,13 +26,16 @@ fn check(delta: &[f32], shape: Shape, rank: usize, slack: f64) -> LowRank {
     let energy = dense.squared_norm_l2();
     let optimum = sum_of_squares(&sigma[rank.min(sigma.len())..]) / energy;
 
-    let (found, certificate) = run(delta, shape, &Factor::new(rank, 1)).unwrap();
+    let (found, certificate) = run(delta, shape, &Factor::new(Rank::Fixed(rank), 1)).unwrap();
     assert_eq!((found.rows, found.cols, found.singular.len()), (rows, cols, found.rank));
     assert_eq!((found.b.len(), found.a.len()), (rows * found.rank, found.rank * cols));
     assert!(found.rank >= 1 && found.rank <= rank.min(rows).min(cols), "rank {}", found.rank);
 
-    // Each factor is rounded to f32, and products behind them too: a share of (a few epsilons)^2.
-    let floor = 64.0 * f64::from(f32::EPSILON).powi(2);
+    // Each factor is rounded to f32, and products behind them too: a share of (a few epsilons)^2. And f32 products of
+    // D^T D know the direction of a value s to an angle of eps (s_1 / s)^2, which costs s^2 times its square.
+    let eps = f64::from(f32::EPSILON);
+    let unknown = (eps * sigma[0].powi(2) / found.singular[found.rank - 1]).powi(2) / energy;
+    let floor = 64.0 * eps.powi(2) + unknown;
     let brute = brute_residual(&dense, &found.b, &found.a, found.rank) / energy;
     // Both sums are f64 over the same factors, of rests that carry `rank` roundings of terms up to the energy.
     let rounding = 1e-12 * brute + 1e-15 * floor.sqrt();
@@ -149,10 +152,13 @@ fn factor_of_tiny_and_huge_differences() {
 #[test]
 fn factor_of_nothing_and_rank_zero() {
     let shape = Shape { rows: 50, cols: 60 };
-    assert!(matches!(run(&[0.0; 3000], shape, &Factor::new(4, 1)), Err(LowRankError::ZeroDelta { .. })));
-    assert!(matches!(run(&[1.0; 3000], shape, &Factor::new(0, 1)), Err(LowRankError::RankZero)));
+    assert!(matches!(
+        run(&[0.0; 3000], shape, &Factor::new(Rank::Fixed(4), 1)),
+        Err(LowRankError::ZeroDelta { .. })
+    ));
+    assert!(matches!(run(&[1.0; 3000], shape, &Factor::new(Rank::Fixed(0), 1)), Err(LowRankError::RankZero)));
     let empty = Shape { rows: 0, cols: 60 };
-    assert!(matches!(run(&[], empty, &Factor::new(4, 1)), Err(LowRankError::ZeroDelta { .. })));
+    assert!(matches!(run(&[], empty, &Factor::new(Rank::Fixed(4), 1)), Err(LowRankError::ZeroDelta { .. })));
 }
 
 #[test]
@@ -161,12 +167,94 @@ fn factor_is_the_same_for_any_thread_count() {
     let delta = with_spectrum(shape, 1, &power_law(200, 0.5));
     let on = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| run(&delta, shape, &Factor::new(16, 1)).unwrap())
+        pool.install(|| run(&delta, shape, &Factor::new(Rank::Fixed(16), 1)).unwrap())
     };
     let one = on(1);
     assert!(one == on(2) && one == on(7));
-    let other = run(&delta, shape, &Factor::new(16, 2)).unwrap();
+    let other = run(&delta, shape, &Factor::new(Rank::Fixed(16), 2)).unwrap();
     assert!(one.0.b != other.0.b, "the seed has no effect");
+}
+
+/// Weights of bf16 and the same with a change of rank 16 and `relative` size merged in, rounded.
+fn merged(shape: Shape, relative: f64) -> (Vec<u8>, Vec<u8>) {
+    let engine = CpuEngine::new();
+    let n = shape.len().unwrap();
+    let store = |x: &[f32]| engine.pack(&engine.matrix(x, shape).unwrap(), Dtype::Bf16).unwrap();
+    let aligned = store(&noise(1, n));
+    let change = with_spectrum(shape, 2, &[relative * (n as f64 / 3.0 / 16.0).sqrt(); 16]);
+    let wide = |b: &[u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
+    let moved: Vec<f32> =
+        aligned.as_chunks::<2>().0.iter().zip(&change).map(|(w, change)| wide(w) + change).collect();
+    (aligned, store(&moved))
+}
+
+#[test]
+fn rank_by_noise_finds_what_was_planted() {
+    let (engine, shape) = (CpuEngine::new(), Shape { rows: 768, cols: 1024 });
+    for relative in [0.1, 0.03, 0.01, 0.003] {
+        let (aligned, degraded) = merged(shape, relative);
+        let side = |bytes: &[u8]| Weights::copied(bytes, Dtype::Bf16, shape).unwrap();
+        let pair = engine.pair(side(&aligned), side(&degraded)).unwrap();
+        let found = factor(&engine, &pair, 7, &Factor::new(Rank::Noise { max: 128 }, 1)).unwrap().0.unwrap();
+        assert_eq!(found.rank, 16, "change of {relative}: {:?}", found.singular);
+    }
+}
+
+#[test]
+fn rank_by_noise_of_rounding_alone_is_zero() {
+    // Weights and their values in another format: nothing but rounding.
+    let (engine, shape) = (CpuEngine::new(), Shape { rows: 300, cols: 500 });
+    let wide = noise(1, 150_000);
+    let narrow = engine.pack(&engine.matrix(&wide, shape).unwrap(), Dtype::Bf16).unwrap();
+    let wide: Vec<u8> = wide.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let pair = engine
+        .pair(
+            Weights::copied(&wide, Dtype::F32, shape).unwrap(),
+            Weights::copied(&narrow, Dtype::Bf16, shape).unwrap(),
+        )
+        .unwrap();
+    let (found, stats) = factor(&engine, &pair, 7, &Factor::new(Rank::Noise { max: 128 }, 1)).unwrap();
+    assert!(stats.nonzero > 140_000);
+    assert_eq!(found.unwrap().rank, 0);
+}
+
+#[test]
+fn rank_by_residual_is_met_and_hardly_more_than_needed() {
+    let shape = Shape { rows: 400, cols: 300 };
+    let spectrum = power_law(300, 0.5);
+    let delta = with_spectrum(shape, 1, &spectrum);
+    let energy = sum_of_squares(&spectrum);
+    for share in [0.6, 0.3, 0.1, 0.01] {
+        let (found, certificate) =
+            run(&delta, shape, &Factor::new(Rank::Residual { share, max: 300 }, 1)).unwrap();
+        assert!(certificate.residual <= share, "{} for {share}", certificate.residual);
+        let needed = (0..).find(|&r| sum_of_squares(&spectrum[r..]) <= share * energy).unwrap();
+        // Singular values of the last block are low, which costs a few more.
+        assert!(
+            found.rank >= needed && found.rank <= needed + needed / 10 + 2,
+            "{} for {needed}",
+            found.rank
+        );
+    }
+    let (found, certificate) =
+        run(&delta, shape, &Factor::new(Rank::Residual { share: 0.01, max: 20 }, 1)).unwrap();
+    assert!(found.rank == 20 && certificate.residual > 0.01);
+}
+
+#[test]
+fn truncated_factors_are_those_of_the_smaller_rank() {
+    let shape = Shape { rows: 120, cols: 90 };
+    let delta = with_spectrum(shape, 1, &power_law(90, 1.0));
+    let (found, _) = run(&delta, shape, &Factor::new(Rank::Fixed(16), 1)).unwrap();
+    let dense = matrix(&delta, 120, 90);
+    let small = found.truncated(5);
+    assert_eq!((small.rank, small.b.len(), small.a.len(), small.singular.len()), (5, 600, 450, 5));
+    let missed = brute_residual(&dense, &small.b, &small.a, 5);
+    let optimum = sum_of_squares(&dense.singular_values().unwrap()[5..]);
+    assert!(
+        missed <= optimum * 1.001
+            && dense.squared_norm_l2() - missed <= small.best_sumsq_upper * (1.0 + 1e-9)
+    );
 }
 
 #[test]
@@ -185,10 +273,11 @@ fn certificate_of_a_merge_rounded_to_bf16() {
         .map(|b| f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16))
         .collect();
     let degraded = store(&wide.iter().zip(&change).map(|(w, c)| w + c).collect::<Vec<_>>());
-    let raw = |bytes: &[u8]| engine.raw(bytes, Dtype::Bf16, shape).unwrap();
-    let (delta, stats) = engine.delta(&raw(&aligned), &raw(&degraded)).unwrap();
-    let low_rank = factor(&engine, &delta, stats.sumsq, 7, &Factor::new(8, 1)).unwrap();
-    let certificate = certify(&engine, &delta, &stats, &low_rank).unwrap();
+    let side = |bytes: &[u8]| Weights::copied(bytes, Dtype::Bf16, shape).unwrap();
+    let pair = engine.pair(side(&aligned), side(&degraded)).unwrap();
+    let (low_rank, stats) = factor(&engine, &pair, 7, &Factor::new(Rank::Fixed(8), 1)).unwrap();
+    let low_rank = low_rank.unwrap();
+    let certificate = certify(&engine, &pair, &stats, &low_rank).unwrap();
     assert!(certificate.noise_floor > 1e-4 && certificate.noise_floor < 0.1, "{certificate:?}");
     // Rank 8 also absorbs about 8 * (m + n) / (m n) = 4 % of the noise; the prediction itself is good to some 10 %.
     let ratio = certificate.residual / certificate.noise_floor;
@@ -200,11 +289,25 @@ fn certificate_of_a_merge_rounded_to_bf16() {
 fn certificate_of_factors_that_are_worse_than_nothing() {
     let engine = CpuEngine::new();
     let shape = Shape { rows: 2, cols: 2 };
-    let delta = engine.matrix(&[1.0, 0.0, 0.0, 0.0], shape).unwrap();
+    let side = |x: f32| {
+        let bytes: Vec<u8> = [x, 0.0, 0.0, 0.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+        Weights::copied(&bytes, Dtype::F32, shape).unwrap()
+    };
+    let pair = engine.pair(side(1.0), side(0.0)).unwrap();
     let stats = DeltaStats { sumsq: 1.0, ulp_sumsq: 120.0, max_abs: 1.0, nonzero: 1, elements: 4 };
     let (b, a) = (vec![-1.0, 0.0], vec![1.0, 0.0]);
-    let wrong = LowRank { b, a, rows: 2, cols: 2, rank: 1, singular: vec![1.0], best_sumsq_upper: 1.0 };
-    let certificate = certify(&engine, &delta, &stats, &wrong).unwrap();
+    let wrong = LowRank {
+        b,
+        a,
+        rows: 2,
+        cols: 2,
+        rank: 1,
+        singular: vec![1.0],
+        outside_sumsq: 0.0,
+        outside_norm_sq: 0.0,
+        best_sumsq_upper: 1.0,
+    };
+    let certificate = certify(&engine, &pair, &stats, &wrong).unwrap();
     assert_eq!((certificate.residual, certificate.captured()), (4.0, -3.0));
     assert_eq!((certificate.noise_floor, certificate.zero_fraction), (1.0, 0.75));
 }

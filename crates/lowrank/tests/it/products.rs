@@ -1,7 +1,7 @@
 //! `factor_factors` and `certify_factors` on sums of low-rank products.
 
 use faer::Mat;
-use lowrank::{LowRank, LowRankError, Term, certify_factors, factor_factors};
+use lowrank::{LowRank, LowRankError, Rank, Term, certify_factors, factor_factors};
 
 use crate::{brute_residual, matrix, noise, sum_of_squares};
 
@@ -32,7 +32,7 @@ fn check(products: &[Product], rows: usize, cols: usize, rank: usize, known: f64
     let optimum = sum_of_squares(&sigma[rank.min(sigma.len())..]) / energy;
 
     let terms = terms(products, rows, cols);
-    let found = factor_factors(&terms, rank).unwrap();
+    let found = factor_factors(&terms, Rank::Fixed(rank)).unwrap();
     let certificate = certify_factors(&terms, &found).unwrap();
     // The factors are rounded to f32 once, each by half an epsilon of its elements.
     let floor = f64::from(f32::EPSILON).powi(2) + known;
@@ -91,7 +91,7 @@ fn factors_that_cancel_are_of_rank_zero() {
     let (rows, cols) = (50, 40);
     let products = [product(1, rows, cols, 8, 0.3), product(1, rows, cols, 8, -0.3)];
     let terms = terms(&products, rows, cols);
-    let found = factor_factors(&terms, 4).unwrap();
+    let found = factor_factors(&terms, Rank::Fixed(4)).unwrap();
     assert_eq!((found.rank, found.b.len(), found.a.len()), (0, 0, 0));
     assert!(matches!(certify_factors(&terms, &found), Err(LowRankError::ZeroDelta { .. })));
 }
@@ -99,15 +99,15 @@ fn factors_that_cancel_are_of_rank_zero() {
 #[test]
 fn factors_of_a_fresh_adapter_are_of_rank_zero() {
     let fresh = Product { b: vec![0.0; 30], ..product(1, 10, 20, 3, 1.0) };
-    assert_eq!(factor_factors(&terms(&[fresh], 10, 20), 4).unwrap().rank, 0);
+    assert_eq!(factor_factors(&terms(&[fresh], 10, 20), Rank::Fixed(4)).unwrap().rank, 0);
 }
 
 #[test]
 fn factors_of_other_shapes_and_rank_zero() {
     let fine = product(1, 10, 20, 3, 1.0);
     let mut products = vec![fine, product(2, 10, 20, 2, 1.0)];
-    assert!(matches!(factor_factors(&terms(&products, 10, 20), 0), Err(LowRankError::RankZero)));
+    assert!(matches!(factor_factors(&terms(&products, 10, 20), Rank::Fixed(0)), Err(LowRankError::RankZero)));
     products[1].a.pop();
-    let error = factor_factors(&terms(&products, 10, 20), 4).unwrap_err();
+    let error = factor_factors(&terms(&products, 10, 20), Rank::Fixed(4)).unwrap_err();
     assert!(matches!(error, LowRankError::TermShape { index: 1, .. }));
 }

@@ -1,0 +1,330 @@
+//! Passes over the difference: each reads both sides once, panel by panel, and never stores the difference.
+//!
+//! Panels are a few rows, as many as fit the second cache; consecutive panels form groups, of a number that depends on
+//! the shape only. Groups run in parallel, and what they sum is added in their order.
+
+use std::cell::RefCell;
+
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::rows::{Buffers, CpuPair, Sums, add_stats};
+use super::tile::{self, Lines, ROWS};
+use super::{CpuMatrix, LaneSum};
+use crate::{DeltaStats, Result, Shape};
+
+/// Elements of a panel: 512 KB of f32.
+const PANEL_ELEMENTS: usize = 128 << 10;
+/// Groups at most: a block of partial sums is held for each.
+const GROUPS: usize = 8;
+/// Elements of a group at least, so that small matrices are one.
+const GROUP_ELEMENTS: usize = 256 << 10;
+
+/// How the rows of a shape are cut.
+#[derive(Clone, Copy)]
+struct Cut {
+    /// Rows of a panel, a multiple of [`ROWS`].
+    panel: usize,
+    /// Rows of a group, a multiple of `panel`.
+    group: usize,
+    ld: usize,
+}
+
+impl Cut {
+    fn new(shape: Shape) -> Cut {
+        let ld = tile::stride(shape.cols);
+        let most = shape.rows.next_multiple_of(ROWS).max(ROWS);
+        let panel = (PANEL_ELEMENTS / ld / ROWS * ROWS).clamp(ROWS, 128).min(most);
+        let least = (GROUP_ELEMENTS / shape.cols.max(1)).max(1);
+        let group = shape.rows.div_ceil(GROUPS).max(least).next_multiple_of(panel);
+        Cut { panel, group, ld }
+    }
+}
+
+/// What one thread uses again and again.
+#[derive(Default)]
+struct Scratch {
+    buffers: Buffers,
+    panel: Lines,
+    y: Vec<f32>,
+    wide: Vec<f64>,
+    wide_b: Vec<f64>,
+}
+
+thread_local! {
+    // Borrowed only inside a group, which runs on one thread from its beginning to its end.
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// What a pass does with a panel.
+trait Visit: Send {
+    /// `rows` valid rows from `first` on; the panel is padded with zero rows to a multiple of [`ROWS`].
+    fn panel<S: Simd>(&mut self, simd: S, first: usize, rows: usize, cut: Cut, scratch: &mut Scratch);
+}
+
+struct Group<'a, V> {
+    pair: &'a CpuPair,
+    cut: Cut,
+    first: usize,
+    visit: &'a mut V,
+    sums: Option<&'a mut Sums>,
+    scratch: &'a mut Scratch,
+}
+
+impl<V: Visit> WithSimd for Group<'_, V> {
+    type Output = Result<()>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> Result<()> {
+        let Group { pair, cut, first, visit, mut sums, scratch } = self;
+        let end = (first + cut.group).min(pair.shape.rows);
+        let mut row = first;
+        while row < end {
+            let rows = cut.panel.min(end - row);
+            let padded = rows.next_multiple_of(ROWS);
+            scratch.panel.reserve(padded * cut.ld);
+            let panel = &mut scratch.panel.as_mut()[..padded * cut.ld];
+            for line in panel.chunks_exact_mut(cut.ld).take(rows) {
+                line[pair.shape.cols..].fill(0.0);
+            }
+            panel[rows * cut.ld..].fill(0.0);
+            pair.panel(row, rows, (panel, cut.ld), &mut scratch.buffers, sums.as_deref_mut())?;
+            visit.panel(simd, row, rows, cut, scratch);
+            row += rows;
+        }
+        Ok(())
+    }
+}
+
+/// Runs a pass: `visits` are made one for each group, in order, and come back in order.
+fn pass<V: Visit>(
+    pair: &CpuPair,
+    visits: Vec<V>,
+    cut: Cut,
+    stats: Option<&mut DeltaStats>,
+) -> Result<Vec<V>> {
+    let arch = Arch::new();
+    let wanted = stats.is_some();
+    let done: Vec<Result<(V, DeltaStats)>> = visits
+        .into_par_iter()
+        .enumerate()
+        .map(|(group, mut visit)| {
+            let mut sums = Sums::default();
+            SCRATCH.with(|scratch| {
+                let scratch = &mut *scratch.borrow_mut();
+                let first = group * cut.group;
+                let sums = wanted.then_some(&mut sums);
+                arch.dispatch(Group { pair, cut, first, visit: &mut visit, sums, scratch })
+            })?;
+            Ok((visit, sums.stats()))
+        })
+        .collect();
+    let mut total = DeltaStats::default();
+    let mut visits = Vec::with_capacity(done.len());
+    for group in done {
+        let (visit, part) = group?;
+        add_stats(&mut total, &part);
+        visits.push(visit);
+    }
+    if let Some(stats) = stats {
+        *stats = total;
+    }
+    Ok(visits)
+}
+
+/// Nothing but the sums.
+struct Nothing;
+
+impl Visit for Nothing {
+    #[inline(always)]
+    fn panel<S: Simd>(&mut self, _: S, _: usize, _: usize, _: Cut, _: &mut Scratch) {}
+}
+
+pub(super) fn stats(pair: &CpuPair) -> Result<DeltaStats> {
+    let mut stats = DeltaStats::default();
+    if !pair.shape.is_empty() {
+        let cut = Cut::new(pair.shape);
+        let groups = (0..pair.shape.rows.div_ceil(cut.group)).map(|_| Nothing).collect();
+        pass(pair, groups, cut, Some(&mut stats))?;
+    }
+    Ok(stats)
+}
+
+/// The difference itself.
+struct Dense<'a> {
+    out: &'a mut [f32],
+    cols: usize,
+    first: usize,
+}
+
+impl Visit for Dense<'_> {
+    #[inline(always)]
+    fn panel<S: Simd>(&mut self, _: S, first: usize, rows: usize, cut: Cut, scratch: &mut Scratch) {
+        let out = &mut self.out[(first - self.first) * self.cols..][..rows * self.cols];
+        for (out, line) in out.chunks_exact_mut(self.cols).zip(scratch.panel.as_slice().chunks_exact(cut.ld))
+        {
+            out.copy_from_slice(&line[..self.cols]);
+        }
+    }
+}
+
+pub(super) fn delta(pair: &CpuPair) -> Result<(CpuMatrix, DeltaStats)> {
+    let mut out = CpuMatrix::zeros(pair.shape)?;
+    let mut stats = DeltaStats::default();
+    if !pair.shape.is_empty() {
+        let (cut, cols) = (Cut::new(pair.shape), pair.shape.cols);
+        let groups = out.data.chunks_mut(cut.group * cols).enumerate();
+        let groups = groups.map(|(g, out)| Dense { out, cols, first: g * cut.group }).collect();
+        pass(pair, groups, cut, Some(&mut stats))?;
+    }
+    Ok((out, stats))
+}
+
+/// `D Z`, and `D^T D Z` where it is wanted.
+struct Sweep<'a> {
+    zt: &'a [f32],
+    l: usize,
+    cols: usize,
+    /// Rows of the group.
+    y: &'a mut [f32],
+    first: usize,
+    wt: Option<Lines>,
+}
+
+impl Visit for Sweep<'_> {
+    #[inline(always)]
+    fn panel<S: Simd>(&mut self, simd: S, first: usize, rows: usize, cut: Cut, scratch: &mut Scratch) {
+        let (l, padded) = (self.l, rows.next_multiple_of(ROWS));
+        let d = scratch.panel.as_slice();
+        scratch.y.clear();
+        scratch.y.resize(padded * l, 0.0);
+        tile::forward(simd, (padded, self.cols, l), (d, cut.ld), (self.zt, cut.ld), &mut scratch.y);
+        if let Some(wt) = &mut self.wt {
+            tile::backward(simd, (rows, self.cols, l), (d, cut.ld), &scratch.y, (wt.as_mut(), cut.ld));
+        }
+        self.y[(first - self.first) * l..][..rows * l].copy_from_slice(&scratch.y[..rows * l]);
+    }
+}
+
+/// `D Z`; with `back`, `D^T D Z` too.
+pub(super) fn sweep(
+    pair: &CpuPair,
+    z: &CpuMatrix,
+    back: bool,
+    stats: Option<&mut DeltaStats>,
+) -> Result<(CpuMatrix, Option<CpuMatrix>)> {
+    let (Shape { rows, cols }, l) = (pair.shape, z.shape.cols);
+    let mut y = CpuMatrix::zeros(Shape { rows, cols: l })?;
+    let mut w = if back { Some(CpuMatrix::zeros(z.shape)?) } else { None };
+    if pair.shape.is_empty() || l == 0 {
+        if let Some(stats) = stats {
+            *stats = self::stats(pair)?;
+        }
+        return Ok((y, w));
+    }
+    let cut = Cut::new(pair.shape);
+    let mut zt = Lines::zeros(l * cut.ld);
+    transpose(&z.data, l, zt.as_mut(), cut.ld);
+    let groups = y.data.chunks_mut(cut.group * l).enumerate();
+    let groups: Vec<Sweep<'_>> = groups
+        .map(|(g, y)| Sweep {
+            zt: zt.as_slice(),
+            l,
+            cols: cols.next_multiple_of(tile::ALIGN),
+            y,
+            first: g * cut.group,
+            wt: back.then(|| Lines::zeros(l * cut.ld)),
+        })
+        .collect();
+    let done = pass(pair, groups, cut, stats)?;
+    if let Some(w) = &mut w {
+        let mut parts = done.into_iter().filter_map(|group| group.wt);
+        if let Some(mut sum) = parts.next() {
+            for part in parts {
+                sum.as_mut().iter_mut().zip(part.as_slice()).for_each(|(sum, x)| *sum += x);
+            }
+            untranspose(sum.as_slice(), cut.ld, &mut w.data, l);
+        }
+    }
+    Ok((y, w))
+}
+
+/// The rest of a product of factors, squared.
+struct Residual<'a> {
+    b: &'a [f32],
+    rank: usize,
+    a: &'a [f64],
+    cols: usize,
+    sum: LaneSum,
+}
+
+/// Rows and columns of the rest that are widened at a time: 48 KB.
+const REST: (usize, usize) = (12, 512);
+
+impl Visit for Residual<'_> {
+    #[inline(always)]
+    fn panel<S: Simd>(&mut self, simd: S, first: usize, rows: usize, cut: Cut, scratch: &mut Scratch) {
+        let Scratch { panel, wide, wide_b, .. } = scratch;
+        let (d, rank) = (panel.as_slice(), self.rank);
+        wide_b.clear();
+        wide_b.extend(self.b[first * rank..][..rows * rank].iter().map(|&x| -f64::from(x)));
+        wide.resize(REST.0 * REST.1, 0.0);
+        for start in (0..self.cols).step_by(REST.1) {
+            let width = REST.1.min(self.cols - start);
+            let a = &self.a[start.min(self.a.len())..];
+            for row in (0..rows).step_by(REST.0) {
+                let rows = REST.0.min(rows - row);
+                let lines = d[row * cut.ld..].chunks_exact(cut.ld);
+                for (wide, d) in wide.chunks_exact_mut(REST.1).zip(lines.take(rows)) {
+                    for (wide, &x) in wide[..width].iter_mut().zip(&d[start..][..width]) {
+                        *wide = f64::from(x);
+                    }
+                }
+                let b = &wide_b[row * rank..][..rows * rank];
+                tile::chain(simd, (rows, width, rank), b, (a, cut.ld), (wide, REST.1));
+                for line in wide.chunks_exact(REST.1).take(rows) {
+                    self.sum.squares(&line[..width]);
+                }
+            }
+        }
+    }
+}
+
+/// The squared norm of `D - B A` in f64, of fitting shapes.
+pub(super) fn residual(pair: &CpuPair, b: &CpuMatrix, a: &CpuMatrix) -> Result<f64> {
+    if pair.shape.is_empty() {
+        return Ok(0.0);
+    }
+    let (cut, rank) = (Cut::new(pair.shape), b.shape.cols);
+    let mut wide = vec![0.0f64; rank * cut.ld];
+    for (wide, a) in wide.chunks_exact_mut(cut.ld).zip(a.data.chunks_exact(pair.shape.cols)) {
+        wide.iter_mut().zip(a).for_each(|(wide, &x)| *wide = f64::from(x));
+    }
+    let cols = pair.shape.cols.next_multiple_of(tile::ALIGN);
+    let groups = (0..pair.shape.rows.div_ceil(cut.group))
+        .map(|_| Residual { b: &b.data, rank, a: &wide, cols, sum: LaneSum::default() })
+        .collect();
+    Ok(pass(pair, groups, cut, None)?.into_iter().map(|group| group.sum.total()).sum())
+}
+
+/// Rows of `l` elements to `l` rows of stride `ld`.
+fn transpose(from: &[f32], l: usize, to: &mut [f32], ld: usize) {
+    for (block, rows) in from.chunks(16 * l).enumerate() {
+        for (at, row) in rows.chunks_exact(l).enumerate() {
+            for (j, &x) in row.iter().enumerate() {
+                to[j * ld + block * 16 + at] = x;
+            }
+        }
+    }
+}
+
+/// The way back.
+fn untranspose(from: &[f32], ld: usize, to: &mut [f32], l: usize) {
+    for (block, rows) in to.chunks_mut(16 * l).enumerate() {
+        for (at, row) in rows.chunks_exact_mut(l).enumerate() {
+            for (j, x) in row.iter_mut().enumerate() {
+                *x = from[j * ld + block * 16 + at];
+            }
+        }
+    }
+}
