@@ -33,4 +33,6 @@ pub use layout::{INDEX_FILE, MODEL_FILE, ShardPlan, aligned_order, index_json, s
 pub use model::Checkpoint;
 pub use shards::{ShardSet, TensorInfo};
 pub use values::{pack_f32, widen_f32};
-pub use write::{FolderWriter, PARTIAL_MARKER, ShardWriter, TensorSpec, default_metadata, safetensors_bytes};
+pub use write::{
+    FolderWriter, PARTIAL_MARKER, PartialFolder, ShardWriter, TensorSpec, default_metadata, safetensors_bytes,
+};

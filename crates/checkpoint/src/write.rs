@@ -49,41 +49,86 @@ pub struct FolderWriter {
     out: PathBuf,
     partial: PathBuf,
     force: bool,
+    /// Whether unfinished work stays when the writer is dropped.
+    keep: bool,
     unfinished: Arc<AtomicUsize>,
     published: bool,
     /// Keeps the lock.
     _marker: File,
 }
 
+/// A claim on the partial folder of an output, shared with other workers on the same output.
+#[derive(Debug)]
+pub struct PartialFolder {
+    partial: PathBuf,
+    _marker: File,
+}
+
+impl PartialFolder {
+    /// Opens `OUT.partial`, making it if need be; what is in it stays. Refused while somebody assembles the output.
+    pub fn open(out: &Path, force: bool) -> Result<PartialFolder> {
+        let (partial, marker) = claim(out, force)?;
+        if matches!(marker.try_lock_shared(), Err(TryLockError::WouldBlock)) {
+            return Err(CheckpointError::OutputBusy { out: out.to_path_buf() });
+        }
+        Ok(PartialFolder { partial, _marker: marker })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.partial
+    }
+
+    /// Where the partial folder of an output is, if there is one.
+    pub fn find(out: &Path) -> Result<Option<PathBuf>> {
+        let partial = beside(out, ".partial")?;
+        Ok(partial.join(PARTIAL_MARKER).exists().then_some(partial))
+    }
+}
+
+/// Makes the partial folder of an output, or takes the one of an earlier run.
+fn claim(out: &Path, force: bool) -> Result<(PathBuf, File)> {
+    let partial = beside(out, ".partial")?;
+    check_free(out, force)?;
+    if let Some(parent) = out.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        fs::create_dir_all(parent).map_err(CheckpointError::io("create", parent))?;
+    }
+    match fs::create_dir(&partial) {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            let is_folder = fs::symlink_metadata(&partial).is_ok_and(|kind| kind.is_dir());
+            if !is_folder || !(partial.join(PARTIAL_MARKER).exists() || names(&partial)?.is_empty()) {
+                return Err(CheckpointError::OutputForeign { found: partial });
+            }
+        }
+        Err(error) => return Err(CheckpointError::io("create", &partial)(error)),
+    }
+    let marker_path = partial.join(PARTIAL_MARKER);
+    let marker = File::create(&marker_path).map_err(CheckpointError::io("create", &marker_path))?;
+    Ok((partial, marker))
+}
+
 impl FolderWriter {
     /// Starts an output. Parents that are missing are made.
     pub fn create(out: &Path, force: bool) -> Result<FolderWriter> {
-        let partial = beside(out, ".partial")?;
-        check_free(out, force)?;
-        if let Some(parent) = out.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-            fs::create_dir_all(parent).map_err(CheckpointError::io("create", parent))?;
-        }
-        match fs::create_dir(&partial) {
-            Ok(()) => {}
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                let is_folder = fs::symlink_metadata(&partial).is_ok_and(|kind| kind.is_dir());
-                if !is_folder || !(partial.join(PARTIAL_MARKER).exists() || names(&partial)?.is_empty()) {
-                    return Err(CheckpointError::OutputForeign { found: partial });
-                }
-            }
-            Err(error) => return Err(CheckpointError::io("create", &partial)(error)),
-        }
-        let marker_path = partial.join(PARTIAL_MARKER);
-        let marker = File::create(&marker_path).map_err(CheckpointError::io("create", &marker_path))?;
+        let mut writer = Self::resume(out, force)?;
+        empty_but_marker(&writer.partial)?;
+        writer.keep = false;
+        Ok(writer)
+    }
+
+    /// Goes on with an output whose partial folder holds work: what is in it stays, also when the writer is dropped.
+    pub fn resume(out: &Path, force: bool) -> Result<FolderWriter> {
+        let (partial, marker) = claim(out, force)?;
         // File systems without locks are used without one.
         if matches!(marker.try_lock(), Err(TryLockError::WouldBlock)) {
             return Err(CheckpointError::OutputBusy { out: out.to_path_buf() });
         }
-        empty_but_marker(&partial)?;
         Ok(FolderWriter {
             out: out.to_path_buf(),
             partial,
             force,
+            keep: true,
             unfinished: Arc::new(AtomicUsize::new(0)),
             published: false,
             _marker: marker,
@@ -111,7 +156,9 @@ impl FolderWriter {
         let header = header_bytes(metadata, specs).map_err(|problem| write_order(&path, problem))?;
         let file = File::options()
             .write(true)
-            .create_new(true)
+            .create_new(!self.keep)
+            .create(self.keep)
+            .truncate(self.keep)
             .open(&path)
             .map_err(CheckpointError::io("create", &path))?;
         let mut file = BufWriter::with_capacity(1 << 20, file);
@@ -220,7 +267,7 @@ impl FolderWriter {
 
 impl Drop for FolderWriter {
     fn drop(&mut self) {
-        if !self.published {
+        if !self.published && !self.keep {
             // Nobody is left to tell; the marker lets the next run clean up.
             let _ = fs::remove_dir_all(&self.partial);
         }

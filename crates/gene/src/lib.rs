@@ -26,4 +26,5 @@ pub use manifest::{
     RestEntry, SCHEMA, Source, Sources,
 };
 pub use read::{Gene, RestDelta};
+pub use spill::Given;
 pub use write::GeneWriter;

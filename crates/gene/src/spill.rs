@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use checkpoint::{FolderWriter, ShardWriter};
 
@@ -16,11 +17,26 @@ use crate::error::{GeneError, Result};
 
 const CHUNK_BYTES: u64 = 8 << 20;
 
-/// Where values lie in the part file.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Slot {
-    start: u64,
-    bytes: u64,
+/// Where values lie: in the part file, or in a file that the caller wrote.
+#[derive(Clone, Debug)]
+pub(crate) enum Slot {
+    Spilled { start: u64, bytes: u64 },
+    Given(Given),
+}
+
+/// Little-endian values in a file, in pieces one after the other.
+#[derive(Clone, Debug)]
+pub struct Given {
+    /// The file, open for reading.
+    pub file: Arc<File>,
+    /// Start and length of each piece, in bytes.
+    pub segments: Vec<(u64, u64)>,
+}
+
+impl Given {
+    pub(crate) fn bytes(&self) -> u64 {
+        self.segments.iter().map(|(_, bytes)| bytes).sum()
+    }
 }
 
 /// The part file, inside the partial folder.
@@ -45,23 +61,30 @@ impl Spill {
 
     pub(crate) fn keep(&mut self, bytes: &[u8]) -> Result<Slot> {
         self.file.write_all(bytes).map_err(GeneError::io("write", &self.path))?;
-        let slot = Slot { start: self.end, bytes: bytes.len() as u64 };
-        self.end += slot.bytes;
+        let slot = Slot::Spilled { start: self.end, bytes: bytes.len() as u64 };
+        self.end += bytes.len() as u64;
         Ok(slot)
     }
 
-    pub(crate) fn copy(&mut self, slot: Slot, name: &str, into: &mut ShardWriter) -> Result<()> {
+    pub(crate) fn copy(&mut self, slot: &Slot, name: &str, into: &mut ShardWriter) -> Result<()> {
         self.file.flush().map_err(GeneError::io("write", &self.path))?;
-        let mut chunk = vec![0u8; slot.bytes.min(CHUNK_BYTES) as usize];
-        let mut done = 0;
-        while done < slot.bytes {
-            let part = &mut chunk[..(slot.bytes - done).min(CHUNK_BYTES) as usize];
-            self.file
-                .get_ref()
-                .read_exact_at(part, slot.start + done)
-                .map_err(GeneError::io("read", &self.path))?;
-            into.write(name, part)?;
-            done += part.len() as u64;
+        let own;
+        let (file, segments) = match slot {
+            Slot::Spilled { start, bytes } => {
+                own = [(*start, *bytes)];
+                (self.file.get_ref(), &own[..])
+            }
+            Slot::Given(given) => (&*given.file, &given.segments[..]),
+        };
+        let mut chunk = Vec::new();
+        for &(start, bytes) in segments {
+            let mut done = 0;
+            while done < bytes {
+                chunk.resize((bytes - done).min(CHUNK_BYTES) as usize, 0);
+                file.read_exact_at(&mut chunk, start + done).map_err(GeneError::io("read", &self.path))?;
+                into.write(name, &chunk)?;
+                done += chunk.len() as u64;
+            }
         }
         Ok(())
     }

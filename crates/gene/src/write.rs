@@ -19,7 +19,7 @@ use crate::manifest::{
 };
 use crate::peft::PeftConfig;
 use crate::read::{ROW_INDEX, ROW_VALUES};
-use crate::spill::{Slot, Spill, f32_bytes};
+use crate::spill::{Given, Slot, Spill, f32_bytes};
 
 /// Writes a gene.
 #[derive(Debug)]
@@ -38,7 +38,11 @@ pub struct GeneWriter {
 impl GeneWriter {
     /// Starts a gene; see [`FolderWriter::create`] for what `force` does.
     pub fn create(out: &Path, force: bool) -> Result<GeneWriter> {
-        let folder = FolderWriter::create(out, force)?;
+        Self::in_folder(FolderWriter::create(out, force)?)
+    }
+
+    /// Starts a gene in a folder that was begun already.
+    pub fn in_folder(folder: FolderWriter) -> Result<GeneWriter> {
         Ok(GeneWriter {
             spill: Spill::create(&folder)?,
             folder,
@@ -74,6 +78,58 @@ impl GeneWriter {
         Ok(())
     }
 
+    /// The same with values that lie in a file; they are known to be finite.
+    pub fn low_rank_given(&mut self, module: Module, b: Given, a: Given) -> Result<()> {
+        let name = module.name.clone();
+        if module.class != Class::LowRank || module.rank == 0 {
+            return Err(GeneError::part(&name, "factors need the class `low-rank` and a rank above zero"));
+        }
+        let ([out, into], rank) = (module.shape, module.rank as u64);
+        if role(&format!("{name}.weight"), &module.shape) != (Role::Linear { layer: module.layer }) {
+            return Err(GeneError::part(&name, format!("it is no linear module of layer {}", module.layer)));
+        }
+        self.count(&format!("{name}.weight"), Class::LowRank)?;
+        for (side, given, shape) in [("lora_B", b, [out, rank]), ("lora_A", a, [rank, into])] {
+            expect_bytes(&name, &given, &shape, 4)?;
+            self.factor_tensors.insert(
+                format!("base_model.model.{name}.{side}.weight"),
+                (Dtype::F32, shape.to_vec(), Slot::Given(given)),
+            );
+        }
+        self.modules.push(module);
+        Ok(())
+    }
+
+    /// [`full`](Self::full) with values that lie in a file; they are known to be finite, and to have this energy.
+    pub fn full_given(&mut self, name: &str, shape: &[u64], delta: Given, energy: f64) -> Result<()> {
+        expect_bytes(name, &delta, shape, 4)?;
+        self.count(name, Class::Full)?;
+        self.rest_tensors.insert(name.to_owned(), (Dtype::F32, shape.to_vec(), Slot::Given(delta)));
+        self.list(name, role(name, shape).layer(), shape, Class::Full, energy)
+    }
+
+    /// [`row_patch`](Self::row_patch) with values that lie in a file; they are known to be finite, and to have this
+    /// energy.
+    pub fn row_patch_given(
+        &mut self,
+        name: &str,
+        shape: [u64; 2],
+        rows: &[u64],
+        delta: Given,
+        energy: f64,
+    ) -> Result<()> {
+        check_rows(name, rows, shape[0])?;
+        let values_shape = [rows.len() as u64, shape[1]];
+        expect_bytes(name, &delta, &values_shape, 4)?;
+        self.count(name, Class::RowPatch)?;
+        let index: Vec<u8> = rows.iter().flat_map(|row| row.to_le_bytes()).collect();
+        let index = self.spill.keep(&index)?;
+        self.rest_tensors.insert(format!("{name}{ROW_INDEX}"), (Dtype::I64, vec![rows.len() as u64], index));
+        let values = (Dtype::F32, values_shape.to_vec(), Slot::Given(delta));
+        self.rest_tensors.insert(format!("{name}{ROW_VALUES}"), values);
+        self.list(name, role(name, &shape).layer(), &shape, Class::RowPatch, energy)
+    }
+
     /// A tensor kept as its exact difference. A linear module's weight is listed among the modules too.
     pub fn full(&mut self, name: &str, layer: Option<u32>, shape: &[u64], delta: &[f32]) -> Result<()> {
         expect_len(name, delta.len(), shape)?;
@@ -93,11 +149,7 @@ impl GeneWriter {
         rows: &[u64],
         delta: &[f32],
     ) -> Result<()> {
-        let ascending =
-            rows.windows(2).all(|pair| pair[0] < pair[1]) && rows.last().is_none_or(|&row| row < shape[0]);
-        if rows.is_empty() || !ascending {
-            return Err(GeneError::part(name, "rows are not ascending numbers of rows"));
-        }
+        check_rows(name, rows, shape[0])?;
         let values_shape = [rows.len() as u64, shape[1]];
         expect_len(name, delta.len(), &values_shape)?;
         finite(name, delta)?;
@@ -286,15 +338,32 @@ fn write_tensors(
     tensors: &BTreeMap<String, (Dtype, Vec<u64>, Slot)>,
 ) -> Result<()> {
     let mut order: Vec<_> =
-        tensors.iter().map(|(name, (dtype, shape, slot))| (name.clone(), *dtype, (shape, *slot))).collect();
+        tensors.iter().map(|(name, (dtype, shape, slot))| (name.clone(), *dtype, (shape, slot))).collect();
     checkpoint::aligned_order(&mut order);
     let specs: Vec<TensorSpec> =
         order.iter().map(|(name, dtype, (shape, _))| (name.clone(), *dtype, (*shape).clone())).collect();
     let mut shard = folder.shard(file, &default_metadata(), &specs)?;
     for (name, _, (_, slot)) in &order {
-        spill.copy(*slot, name, &mut shard)?;
+        spill.copy(slot, name, &mut shard)?;
     }
     Ok(shard.finish()?)
+}
+
+fn check_rows(name: &str, rows: &[u64], height: u64) -> Result<()> {
+    let ascending =
+        rows.windows(2).all(|pair| pair[0] < pair[1]) && rows.last().is_none_or(|&row| row < height);
+    if rows.is_empty() || !ascending {
+        return Err(GeneError::part(name, "rows are not ascending numbers of rows"));
+    }
+    Ok(())
+}
+
+fn expect_bytes(name: &str, given: &Given, shape: &[u64], size: u64) -> Result<()> {
+    let need = shape.iter().try_fold(size, |product, &side| product.checked_mul(side));
+    if need == Some(given.bytes()) {
+        return Ok(());
+    }
+    Err(GeneError::part(name, format!("shape {shape:?} does not hold {} bytes", given.bytes())))
 }
 
 fn expect_len(name: &str, got: usize, shape: &[u64]) -> Result<()> {

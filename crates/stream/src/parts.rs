@@ -1,0 +1,288 @@
+//! Results that wait beside the output until all are there: one file of values and one journal for each worker.
+//!
+//! A journal is JSON by lines. The first says what the work is; each other is a finished tensor and where its values lie
+//! in the part file beside it, and ends with the xxh3 of the line before that field. A line that is torn, and everything
+//! after it, counts as not written; so does a journal that begins with other work. Values are written before their line.
+//!
+//! Not here: what a result means.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use checkpoint::CheckpointError;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::{Result, StreamError};
+
+/// Where values lie in a part file: starts and lengths in bytes.
+pub(crate) type Segments = Vec<(u64, u64)>;
+
+/// One of N shares of the work, counted from 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Worker {
+    /// Which one.
+    pub index: u32,
+    /// Of how many.
+    pub of: u32,
+}
+
+impl Worker {
+    /// All of the work.
+    pub const ALL: Worker = Worker { index: 1, of: 1 };
+
+    fn stem(self) -> String {
+        format!("worker-{:05}-of-{:05}", self.index, self.of)
+    }
+}
+
+/// A journal being written.
+pub(crate) struct Log {
+    part: Mutex<(Arc<File>, u64)>,
+    part_path: PathBuf,
+    journal: File,
+    journal_path: PathBuf,
+}
+
+fn write_error(path: &Path) -> impl Fn(std::io::Error) -> StreamError {
+    let path = path.to_path_buf();
+    move |source| CheckpointError::Io { action: "write", path: path.clone(), source }.into()
+}
+
+#[derive(Serialize, Deserialize)]
+struct Line<T> {
+    record: T,
+    check: String,
+}
+
+fn line<T: Serialize>(record: &T) -> String {
+    let record = serde_json::to_string(record).unwrap_or_default();
+    format!("{{\"record\":{record},\"check\":\"{:016x}\"}}\n", xxh3_64(record.as_bytes()))
+}
+
+fn parse<T: DeserializeOwned>(text: &str) -> Option<T> {
+    let body = text.strip_prefix("{\"record\":")?;
+    let (record, check) = body.rsplit_once(",\"check\":\"")?;
+    let check = check.strip_suffix("\"}")?;
+    (check == format!("{:016x}", xxh3_64(record.as_bytes()))).then(|| serde_json::from_str(record).ok())?
+}
+
+impl Log {
+    /// Opens the journal of a worker in `partial`, and gives what it holds of the same work already.
+    pub(crate) fn open<W, T>(partial: &Path, worker: Worker, work: &W) -> Result<(Log, Vec<T>)>
+    where
+        W: Serialize + DeserializeOwned + PartialEq,
+        T: DeserializeOwned + Placed,
+    {
+        let journal_path = partial.join(format!("{}.jsonl", worker.stem()));
+        let part_path = partial.join(format!("{}.part", worker.stem()));
+        let found = read::<W, T>(&journal_path)?;
+        let part = File::options().read(true).write(true).create(true).truncate(false).open(&part_path);
+        let part = part.map_err(write_error(&part_path))?;
+        let journal = File::options().read(true).append(true).create(true).open(&journal_path);
+        let mut journal = journal.map_err(write_error(&journal_path))?;
+        if matches!(journal.try_lock(), Err(fs::TryLockError::WouldBlock)) {
+            return Err(CheckpointError::OutputBusy { out: journal_path }.into());
+        }
+        let (records, valid_bytes) = match found {
+            Some((same, records, valid_bytes)) if same == *work => (records, valid_bytes),
+            _ => (Vec::new(), 0),
+        };
+        let end = records.iter().flat_map(Placed::segments).map(|(start, bytes)| start + bytes).max().unwrap_or(0);
+        journal.set_len(valid_bytes).map_err(write_error(&journal_path))?;
+        part.set_len(end).map_err(write_error(&part_path))?;
+        if valid_bytes == 0 {
+            journal.write_all(line(work).as_bytes()).map_err(write_error(&journal_path))?;
+        }
+        Ok((Log { part: Mutex::new((Arc::new(part), end)), part_path, journal, journal_path }, records))
+    }
+
+    /// Writes values; they count once a line names them.
+    pub(crate) fn values(&self, bytes: &[u8]) -> Result<(u64, u64)> {
+        let (file, start) = {
+            let mut part = self.part.lock().unwrap_or_else(PoisonError::into_inner);
+            let start = part.1;
+            part.1 += bytes.len() as u64;
+            (part.0.clone(), start)
+        };
+        file.write_all_at(bytes, start).map_err(write_error(&self.part_path))?;
+        Ok((start, bytes.len() as u64))
+    }
+
+    /// Writes the line of a finished tensor.
+    pub(crate) fn finished<T: Serialize>(&mut self, record: &T) -> Result<()> {
+        self.journal.write_all(line(record).as_bytes()).map_err(write_error(&self.journal_path))
+    }
+
+    /// Puts everything on the disk.
+    pub(crate) fn sync(&mut self) -> Result<()> {
+        let part = self.part.lock().unwrap_or_else(PoisonError::into_inner).0.clone();
+        part.sync_all().map_err(write_error(&self.part_path))?;
+        self.journal.sync_all().map_err(write_error(&self.journal_path))
+    }
+}
+
+/// A record that says where its values are.
+pub(crate) trait Placed {
+    fn segments(&self) -> Segments;
+}
+
+/// The work, the whole records and their length in bytes; `None` if there is no journal, or none that can be read.
+fn read<W: DeserializeOwned, T: DeserializeOwned + Placed>(path: &Path) -> Result<Option<(W, Vec<T>, u64)>> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => {
+            return Err(CheckpointError::Io { action: "read", path: path.to_path_buf(), source }.into());
+        }
+    };
+    let part_bytes = fs::metadata(path.with_extension("part")).map_or(0, |kind| kind.len());
+    let mut reader = BufReader::new(file);
+    let (mut work, mut records, mut valid_bytes) = (None, Vec::new(), 0u64);
+    let mut text = String::new();
+    loop {
+        text.clear();
+        // A torn line may not be text; it counts as not written.
+        if !matches!(reader.read_line(&mut text), Ok(1..)) {
+            break;
+        }
+        let Some(body) = text.strip_suffix('\n') else { break };
+        if work.is_none() {
+            let Some(found) = parse(body) else { break };
+            work = Some(found);
+        } else {
+            let Some(found) = parse::<T>(body) else { break };
+            if found.segments().iter().any(|(start, bytes)| start.saturating_add(*bytes) > part_bytes) {
+                break;
+            }
+            records.push(found);
+        }
+        valid_bytes += text.len() as u64;
+    }
+    Ok(work.map(|work| (work, records, valid_bytes)))
+}
+
+/// What all workers left in `partial`: the work, which has to be the same, and each record with its part file.
+pub(crate) fn read_all<W, T>(partial: &Path) -> Result<Option<(W, Vec<(T, Arc<File>)>)>>
+where
+    W: DeserializeOwned + PartialEq,
+    T: DeserializeOwned + Placed,
+{
+    let entries = match fs::read_dir(partial) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => {
+            return Err(CheckpointError::Io { action: "read", path: partial.to_path_buf(), source }.into());
+        }
+    };
+    let mut journals: Vec<PathBuf> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|ending| ending == "jsonl"))
+        .collect();
+    journals.sort();
+    let mut work: Option<W> = None;
+    let mut all = Vec::new();
+    for path in journals {
+        let Some((found, records, _)) = read::<W, T>(&path)? else { continue };
+        match &work {
+            Some(work) if *work != found => return Err(StreamError::OtherWork { journal: path }),
+            Some(_) => {}
+            None => work = Some(found),
+        }
+        let part_path = path.with_extension("part");
+        let part = File::open(&part_path).map_err(|source| CheckpointError::Io {
+            action: "read",
+            path: part_path,
+            source,
+        })?;
+        let part = Arc::new(part);
+        all.extend(records.into_iter().map(|record| (record, part.clone())));
+    }
+    Ok(work.map(|work| (work, all)))
+}
+
+/// Removes journals and part files from a folder.
+pub(crate) fn remove_all(partial: &Path) -> Result<()> {
+    let Ok(entries) = fs::read_dir(partial) else { return Ok(()) };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        if name.starts_with("worker-") && (name.ends_with(".jsonl") || name.ends_with(".part")) {
+            fs::remove_file(&path).map_err(write_error(&path))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+    struct Record(String, Segments);
+
+    impl Placed for Record {
+        fn segments(&self) -> Segments {
+            self.1.clone()
+        }
+    }
+
+    fn write(dir: &Path, work: &str, names: &[&str]) -> Vec<Record> {
+        let (mut log, found) = Log::open::<String, Record>(dir, Worker::ALL, &work.to_owned()).unwrap();
+        for name in names {
+            let at = log.values(name.as_bytes()).unwrap();
+            log.finished(&Record((*name).to_owned(), vec![at])).unwrap();
+        }
+        log.sync().unwrap();
+        found
+    }
+
+    #[test]
+    fn log_is_found_again_by_the_same_work_only() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(write(dir.path(), "w", &["one", "two"]).is_empty());
+        assert_eq!(write(dir.path(), "w", &["three"]).len(), 2);
+        let (work, all) = read_all::<String, Record>(dir.path()).unwrap().unwrap();
+        assert_eq!((work.as_str(), all.len()), ("w", 3));
+        for (Record(name, at), part) in &all {
+            let mut bytes = vec![0; at[0].1 as usize];
+            part.read_exact_at(&mut bytes, at[0].0).unwrap();
+            assert_eq!(&bytes, name.as_bytes());
+        }
+        assert!(write(dir.path(), "other", &[]).is_empty());
+        assert!(write(dir.path(), "w", &[]).is_empty());
+        remove_all(dir.path()).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn log_that_is_torn_anywhere_keeps_what_was_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "w", &["one", "two", "three"]);
+        let path = dir.path().join("worker-00001-of-00001.jsonl");
+        let whole = fs::read(&path).unwrap();
+        let ends: Vec<usize> =
+            whole.iter().enumerate().filter(|(_, b)| **b == b'\n').map(|(at, _)| at + 1).collect();
+        let part = fs::read(path.with_extension("part")).unwrap();
+        for cut in 0..=whole.len() {
+            fs::write(&path, &whole[..cut]).unwrap();
+            fs::write(path.with_extension("part"), &part).unwrap();
+            let whole_lines = ends.iter().filter(|end| **end <= cut).count();
+            let (_, found) = Log::open::<String, Record>(dir.path(), Worker::ALL, &"w".to_owned()).unwrap();
+            assert_eq!(found.len(), whole_lines.saturating_sub(1), "cut at {cut}");
+        }
+        // A bit that flipped, and values that were lost.
+        let mut bad = whole.clone();
+        bad[ends[1] + 20] ^= 1;
+        fs::write(&path, &bad).unwrap();
+        fs::write(path.with_extension("part"), &part).unwrap();
+        assert_eq!(read::<String, Record>(&path).unwrap().unwrap().1.len(), 1);
+        fs::write(&path, &whole).unwrap();
+        fs::write(path.with_extension("part"), &part[..5]).unwrap();
+        assert_eq!(read::<String, Record>(&path).unwrap().unwrap().1.len(), 1);
+    }
+}
