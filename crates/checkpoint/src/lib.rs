@@ -24,7 +24,7 @@ mod write;
 pub use adapter::{Adapter, AdapterConfig, AdapterModule, Factors};
 pub use catalogue::{Role, module_of, role};
 pub use config::ModelConfig;
-pub use content::content_of;
+pub use content::{content_line, content_of};
 pub use dtype::Dtype;
 pub use error::{CheckpointError, HeaderError, Result, printable};
 pub use files::{JSON_BYTES_MAX, open_inside, read_json};
