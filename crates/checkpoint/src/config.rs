@@ -12,7 +12,8 @@ use serde_json::Value;
 use crate::error::{CheckpointError, Result, printable};
 use crate::files::read_json;
 
-const FILE: &str = "config.json";
+/// The file name.
+pub(crate) const FILE: &str = "config.json";
 
 /// Families whose linear weights are stored as [in, out].
 const CONV1D_FAMILIES: [&str; 4] = ["gpt2", "openai-gpt", "imagegpt", "decision_transformer"];
@@ -90,6 +91,14 @@ impl ModelConfig {
         Ok(ModelConfig { model_type, layers, tie_word_embeddings, dtype, raw })
     }
 
+    /// A key of `quantization_config`, at the top level, else in `text_config`; null counts as absent.
+    pub(crate) fn quantization(&self, key: &str) -> Option<&Value> {
+        [Some(&self.raw), self.raw.get("text_config")]
+            .into_iter()
+            .flatten()
+            .find_map(|level| level.get("quantization_config")?.get(key).filter(|value| !value.is_null()))
+    }
+
     /// Whether linear weights of this family are stored as [in, out].
     pub(crate) fn is_conv1d(&self) -> bool {
         CONV1D_FAMILIES.contains(&self.model_type.as_str())
@@ -97,7 +106,7 @@ impl ModelConfig {
 }
 
 /// A key at the top level, else in `text_config`; null counts as absent.
-fn look_up<'a>(raw: &'a Value, key: &str) -> Option<&'a Value> {
+pub(crate) fn look_up<'a>(raw: &'a Value, key: &str) -> Option<&'a Value> {
     let present = |value: Option<&'a Value>| value.filter(|value| !value.is_null());
     present(raw.get(key)).or_else(|| present(raw.get("text_config")?.get(key)))
 }

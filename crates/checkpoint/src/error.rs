@@ -34,6 +34,37 @@ fn shown(path: &Path) -> String {
     printable(&path.to_string_lossy())
 }
 
+fn quantized(tensor: Option<&str>, file: &Path, format: &str) -> String {
+    let (file, format) = (shown(file), printable(format));
+    match tensor {
+        Some(tensor) => {
+            format!("tensor `{}` in `{file}` is stored as {format}, which is not read", printable(tensor))
+        }
+        None => format!("weights stored as {format} are not read (`{file}`)"),
+    }
+}
+
+/// What to do with a folder in a quantized format; `seen` if a tensor showed the format, not only the config.
+fn way_out(seen: bool, format: &str) -> String {
+    let hint = match format {
+        "GGUF" => return "use the safetensors folder that the GGUF file was made from".to_owned(),
+        "MXFP4" => {
+            "dequantize it to bf16 first: load it with transformers and `Mxfp4Config(dequantize=True)`, then save it"
+        }
+        "bitsandbytes" => {
+            "dequantize it to bf16 first: load it with transformers, call `dequantize()`, then save it"
+        }
+        "NVFP4" | "F4" | "F6" => {
+            "dequantize it to bf16 first, or use the checkpoint that it was quantized from"
+        }
+        _ => "dequantize it to bf16 first, for example by loading it with transformers and saving it",
+    };
+    if seen {
+        return hint.to_owned();
+    }
+    format!("{hint}; if the weights are plain already, take `quantization_config` out of config.json")
+}
+
 /// Why the header of one safetensors file was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -340,6 +371,56 @@ pub enum CheckpointError {
         /// Row-major index of the first.
         index: u64,
     },
+    /// Codes of a quantized format that is not read.
+    #[error("{}", quantized(.tensor.as_deref(), .file, .format))]
+    Quantized {
+        /// The tensor that gave it away; `None` if it was the config or the kind of file.
+        tensor: Option<String>,
+        /// The tensor's file, the config, or the weights.
+        file: PathBuf,
+        /// The format's name.
+        format: String,
+    },
+    /// An fp8 weight whose scale is missing, of the wrong shape, or not the only one.
+    #[error("scale of tensor `{}` in `{}` {}", printable(.tensor), shown(.file), printable(.problem))]
+    Scale {
+        /// The weight.
+        tensor: String,
+        /// The weight's file.
+        file: PathBuf,
+        /// What is wrong, to be read after "scale of …".
+        problem: String,
+    },
+    /// A scale that is no positive finite number.
+    #[error("scale in tensor `{}` in `{}` is not finite and above zero at flat index {index}", printable(.tensor), shown(.file))]
+    ScaleValue {
+        /// The tensor with the scales.
+        tensor: String,
+        /// Its file.
+        file: PathBuf,
+        /// Row-major index of the first.
+        index: u64,
+    },
+    /// A tensor of a layer whose matrices cannot be told apart.
+    #[error("tensor `{}` in `{}` cannot be taken apart for model type `{}`: {problem}", printable(.tensor), shown(.file), printable(.model_type))]
+    Layout {
+        /// The tensor.
+        tensor: String,
+        /// Its file.
+        file: PathBuf,
+        /// `model_type` of the config, and of its `text_config` if that differs.
+        model_type: String,
+        /// What is wrong or unknown.
+        problem: String,
+    },
+    /// Rows or a buffer that do not fit the unit they are for.
+    #[error("unit `{}` cannot be read: {}", printable(.unit), printable(.problem))]
+    UnitRange {
+        /// The unit.
+        unit: String,
+        /// What does not fit.
+        problem: String,
+    },
     /// The output is already there.
     #[error("output `{}` exists", shown(.out))]
     OutputExists {
@@ -428,6 +509,17 @@ impl CheckpointError {
                 "check `base_model_name_or_path`; an adapter that resized or untied the embeddings must be merged first"
             }
             CheckpointError::UnsupportedAdapter { .. } => "merge the adapter into its base first",
+            CheckpointError::Quantized { tensor, format, .. } => {
+                return Some(way_out(tensor.is_some(), format));
+            }
+            CheckpointError::Scale { .. } | CheckpointError::ScaleValue { .. } => {
+                "each fp8 weight needs one scale tensor, and blocks need `quantization_config.weight_block_size` in \
+                 config.json; compare with the published folder, or dequantize it to bf16 first"
+            }
+            CheckpointError::Layout { .. } => {
+                "save it so that every expert has matrices of its own, for example by loading it with transformers and \
+                 saving it"
+            }
             CheckpointError::UnsupportedDtype { .. } => "convert the checkpoint to bf16, f16 or f32 first",
             CheckpointError::OutputExists { .. } => "use another path, or `--force` to replace it",
             CheckpointError::OutputForeign { .. } => "move it away yourself, or use another path",

@@ -13,18 +13,22 @@ mod config;
 mod content;
 mod dtype;
 mod error;
+mod experts;
 mod files;
 mod header;
 mod layout;
 mod model;
+mod quantized;
+mod scales;
 mod shards;
+mod units;
 mod values;
 mod write;
 
 pub use adapter::{Adapter, AdapterConfig, AdapterModule, Factors};
 pub use catalogue::{Role, module_of, role};
 pub use config::ModelConfig;
-pub use content::content_of;
+pub use content::{content_line, content_of};
 pub use dtype::Dtype;
 pub use error::{CheckpointError, HeaderError, Result, printable};
 pub use files::{JSON_BYTES_MAX, open_inside, read_json};
@@ -32,6 +36,7 @@ pub use header::{HEADER_BYTES_MAX, Header, HeaderEntry, parse_header};
 pub use layout::{INDEX_FILE, MODEL_FILE, ShardPlan, aligned_order, index_json, shard_plan};
 pub use model::Checkpoint;
 pub use shards::{ShardSet, TensorInfo};
+pub use units::{BlockScale, Slice, Unit};
 pub use values::{pack_f32, widen_f32};
 pub use write::{
     FolderWriter, PARTIAL_MARKER, PartialFolder, ShardWriter, TensorSpec, default_metadata, safetensors_bytes,

@@ -6,6 +6,7 @@
 //!
 //! Not here: merging to disk, which rounds once in the stored dtype; that is `stream`.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -128,12 +129,22 @@ impl Checkpoint {
     /// An adapter's lines are its base's, its own tensors', and one `module scale S` per module, because alpha changes
     /// the model and is in no tensor. Reads every byte the first time.
     pub fn content(&self) -> Result<String> {
+        self.content_from(&BTreeMap::new())
+    }
+
+    /// [`content`](Self::content) from what is known already: the xxh3_128 of base tensors, by name.
+    ///
+    /// Tensors of the base that `digests` lacks are read, an adapter's own always. The digests are believed.
+    pub fn content_from(&self, digests: &BTreeMap<String, u128>) -> Result<String> {
+        if let Some(name) = digests.keys().find(|name| self.shards.get(name).is_none()) {
+            return Err(CheckpointError::UnknownTensor { tensor: name.clone(), dir: self.dir.clone() });
+        }
         if let Some(content) = self.content.get() {
             return Ok(content.clone());
         }
-        let mut lines = content_lines(&self.shards)?;
+        let mut lines = content_lines(&self.shards, digests)?;
         if let Some(adapter) = &self.adapter {
-            lines.extend(content_lines(adapter.shards())?);
+            lines.extend(content_lines(adapter.shards(), &BTreeMap::new())?);
             lines.extend(
                 adapter.modules().iter().map(|(name, module)| format!("{name} scale {}", module.scale)),
             );
@@ -147,7 +158,8 @@ impl Checkpoint {
             .ok_or_else(|| CheckpointError::UnknownTensor { tensor: name.to_owned(), dir: self.dir.clone() })
     }
 
-    fn stored(&self, name: &str) -> Result<(&ShardSet, &TensorInfo)> {
+    /// Where the values of a tensor lie before any factors are added: the adapter's saved copy, else the base's.
+    pub(crate) fn stored(&self, name: &str) -> Result<(&ShardSet, &TensorInfo)> {
         let base = self.info(name)?;
         let copy =
             self.adapter.as_ref().and_then(|adapter| Some((adapter.shards(), adapter.saved().get(name)?)));

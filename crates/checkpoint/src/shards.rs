@@ -16,7 +16,7 @@ use serde::Deserialize;
 
 use crate::dtype::{Dtype, elements};
 use crate::error::{CheckpointError, Result};
-use crate::files::{is_pickle, names, open_inside, read_json};
+use crate::files::{has_ending, is_pickle, names, open_inside, read_json};
 use crate::header::{Header, read_header};
 use crate::layout::{INDEX_FILE, MODEL_FILE};
 
@@ -264,10 +264,15 @@ fn is_plain_shard(name: &str) -> bool {
 
 /// The error for a folder without safetensors weights.
 fn no_weights(dir: &Path) -> Result<CheckpointError> {
-    let dir_path = dir.to_path_buf();
-    Ok(match names(dir)?.into_iter().find(|name| is_pickle(name)) {
-        Some(file) => CheckpointError::PickleOnly { dir: dir_path, file },
-        None => CheckpointError::NoWeights { dir: dir_path },
+    let names = names(dir)?;
+    let find = |is: fn(&str) -> bool| names.iter().find(|name| is(name)).cloned();
+    let dir = dir.to_path_buf();
+    Ok(match (find(is_pickle), find(|name| has_ending(name, &["gguf"]))) {
+        (Some(file), _) => CheckpointError::PickleOnly { dir, file },
+        (None, Some(file)) => {
+            CheckpointError::Quantized { tensor: None, file: dir.join(file), format: "GGUF".into() }
+        }
+        (None, None) => CheckpointError::NoWeights { dir },
     })
 }
 

@@ -143,6 +143,17 @@ fn saved_copy_takes_the_place_of_the_base() {
 }
 
 #[test]
+fn content_from_digests_of_the_base_is_the_adapters_content() {
+    let (_root, adapter) = pair(json!({}), &q_factors());
+    let open = || Checkpoint::open(&adapter, None).unwrap();
+    let digests = model_tensors()
+        .into_iter()
+        .map(|((name, ..), bytes)| (name, xxhash_rust::xxh3::xxh3_128(&bytes)))
+        .collect();
+    assert_eq!(open().content_from(&digests).unwrap(), open().content().unwrap());
+}
+
+#[test]
 fn base_is_found_by_argument_then_by_path_from_the_adapter() {
     let (root, adapter) = pair(json!({"base_model_name_or_path": "org/name-on-the-hub"}), &q_factors());
     let base = root.path().join("base");

@@ -1,10 +1,13 @@
 //! Folders as they are downloaded, and as they are not supposed to be.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use checkpoint::{Checkpoint, CheckpointError, Dtype, ShardSet, default_metadata, safetensors_bytes};
+use checkpoint::{
+    Checkpoint, CheckpointError, Dtype, ShardSet, content_line, default_metadata, safetensors_bytes,
+};
 use serde_json::json;
 use tempfile::tempdir;
 
@@ -48,6 +51,33 @@ fn content_of_a_known_model_is_stable() {
 fn xxhash_line(values: &[f32]) -> String {
     let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     format!("{:032x}", xxhash_rust::xxh3::xxh3_128(&bytes))
+}
+
+#[test]
+fn content_from_digests_is_the_content() {
+    let dir = tempdir().unwrap();
+    save_sharded_model(dir.path());
+    let open = || Checkpoint::open(dir.path(), None).unwrap();
+    let want = open().content().unwrap();
+    let all: BTreeMap<String, u128> = model_tensors()
+        .into_iter()
+        .map(|((name, ..), bytes)| (name, xxhash_rust::xxh3::xxh3_128(&bytes)))
+        .collect();
+    assert_eq!(open().content_from(&all).unwrap(), want);
+    let some = all.iter().take(2).map(|(name, digest)| (name.clone(), *digest)).collect();
+    assert_eq!(open().content_from(&some).unwrap(), want);
+    let lines = open().tensors().iter().map(|info| content_line(info, all[&info.name])).collect();
+    assert_eq!(checkpoint::content_of(lines), want);
+
+    // Digests are believed, so the weights were not read; and what was found once stays.
+    let wrong = all.keys().map(|name| (name.clone(), 0)).collect();
+    let model = open();
+    let believed = model.content_from(&wrong).unwrap();
+    assert_ne!(believed, want);
+    assert_eq!(model.content().unwrap(), believed);
+
+    let foreign = BTreeMap::from([("model.ghost.weight".to_owned(), 0)]);
+    assert!(matches!(open().content_from(&foreign), Err(CheckpointError::UnknownTensor { .. })));
 }
 
 #[test]

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use checkpoint::{Dtype, TensorSpec, default_metadata, pack_f32, safetensors_bytes};
+use checkpoint::{Checkpoint, Dtype, TensorSpec, default_metadata, pack_f32, safetensors_bytes};
 use serde_json::{Value, json};
+use tempfile::{TempDir, tempdir};
 
 pub(crate) type Tensor = (TensorSpec, Vec<u8>);
 
@@ -35,6 +36,17 @@ pub(crate) fn save(dir: &Path, file: &str, tensors: &[Tensor]) {
 pub(crate) fn save_json(dir: &Path, file: &str, value: &Value) {
     fs::create_dir_all(dir).unwrap();
     fs::write(dir.join(file), value.to_string()).unwrap();
+}
+
+/// A folder with this config (a layer count is added) and these tensors in one file.
+pub(crate) fn folder(config: &Value, tensors: &[Tensor]) -> (TempDir, Checkpoint) {
+    let dir = tempdir().unwrap();
+    let mut config = config.clone();
+    config["num_hidden_layers"] = json!(1);
+    save_json(dir.path(), "config.json", &config);
+    save(dir.path(), "model.safetensors", tensors);
+    let model = Checkpoint::open(dir.path(), None).unwrap();
+    (dir, model)
 }
 
 pub(crate) fn save_config(dir: &Path) {
