@@ -3,7 +3,8 @@
 //! A stack of experts is recognised by `model_type` (top level, then `text_config`) and the ending of the tensor's name,
 //! never by its sides: [E, 2I, H] and [E, H, 2I] look alike. The sides are then checked against the `hidden_size` of the
 //! config, so that a folder saved in another layout is refused where the numbers can tell; a family that is written in
-//! two layouts has both in the table, and exactly one has to fit. Names are brought to one form: `….experts.E.gate_proj.weight`, `.up_proj.weight`, `.down_proj.weight`.
+//! two layouts has both in the table, and exactly one has to fit. Names are brought to one form, as transformers 5 has
+//! them in memory, with the experts apart: `….experts.E.gate_proj.weight`, `.up_proj.weight`, `.down_proj.weight`.
 //!
 //! Layouts are those of transformers 5: the expert classes of its models and, for names on disk, its conversion table.
 //!
@@ -78,7 +79,8 @@ const GRANITE: Family = Family {
 const FAMILIES: &[Family] = &[
     Family {
         model_types: &[
-            "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "glm_moe_dsa", "hunyuan_v1_moe",
+            "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "flex_olmo", "glm4_moe",
+            "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "glm_moe_dsa", "hunyuan_v1_moe",
             "mellum", "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
             "qwen3_omni_moe_text", "solar_open",
         ],
@@ -200,7 +202,7 @@ impl Experts {
         parts.join(".")
     }
 
-    /// The matrices of a tensor that the table has as a stack, or what is wrong with its sides; `None` if it is no stack.
+    /// The matrices of a tensor that the table has as a stack, or what is wrong with its sides; `None` if it is none.
     pub(crate) fn take_apart(
         &self,
         canonical: &str,
