@@ -170,13 +170,15 @@ impl Checkpoint {
         };
         let name = experts.canonical(&base.name);
         let scaled = is_scaled(stored.dtype);
-        let scales =
-            |matrix, stacked| scaled.then(|| Scales::find(self, base, matrix, stacked, block)).transpose();
+        let scales = |matrix, stacked, halves| {
+            scaled.then(|| Scales::find(self, base, matrix, stacked, halves, block)).transpose()
+        };
 
         if let Some(found) = experts.take_apart(&name, &base.shape) {
             let (layout, parts) = found.map_err(refuse)?;
             let (rows, cols) = (base.shape[1], base.shape[2]);
-            let scales = scales([rows, cols], Some(base.shape[0]))?;
+            let halves = parts.iter().any(|part| part.row > 0);
+            let scales = scales([rows, cols], Some(base.shape[0]), halves)?;
             if let Some(scales) = &scales {
                 if layout != Layout::OutIn {
                     return Err(scale_error(
@@ -184,7 +186,7 @@ impl Checkpoint {
                         "is of experts stored as [in, out], which is not read".into(),
                     ));
                 }
-                if parts.iter().any(|part| part.row > 0) && scales.halves_are_ambiguous(rows) {
+                if halves && scales.halves_are_ambiguous(rows) {
                     let problem = format!("has blocks that straddle gate and up, {} rows each", rows / 2);
                     return Err(scale_error(base, problem));
                 }
@@ -223,7 +225,7 @@ impl Checkpoint {
                 unit.shape.len()
             )));
         }
-        unit.scale = scales([unit.rows(), unit.cols()], None)?.map(|scales| scales.of(0, 0));
+        unit.scale = scales([unit.rows(), unit.cols()], None, false)?.map(|scales| scales.of(0, 0));
         units.push(unit);
         Ok(())
     }
