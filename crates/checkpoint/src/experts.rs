@@ -2,8 +2,9 @@
 //!
 //! A stack of experts is recognised by `model_type` (top level, then `text_config`) and the ending of the tensor's name,
 //! never by its sides: [E, 2I, H] and [E, H, 2I] look alike. The sides are then checked against the `hidden_size` of the
-//! config, so that a folder saved in another layout is refused where the numbers can tell. Names are brought to one
-//! form: `….experts.E.gate_proj.weight`, `.up_proj.weight`, `.down_proj.weight`.
+//! config, so that a folder saved in another layout is refused where the numbers can tell; a family that is written in
+//! two layouts has both in the table, and exactly one has to fit. Names are brought to one form, as transformers 5 has
+//! them in memory, with the experts apart: `….experts.E.gate_proj.weight`, `.up_proj.weight`, `.down_proj.weight`.
 //!
 //! Layouts are those of transformers 5: the expert classes of its models and, for names on disk, its conversion table.
 //!
@@ -42,19 +43,10 @@ struct Family {
     container: &'static str,
     gate_up: &'static str,
     down: &'static str,
-    renames: Renames,
-}
-
-/// Names on disk that differ from the canonical ones.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Renames {
-    None,
-    /// `experts.E.w1`, `w3`, `w2` are gate, up, down.
-    Numbered,
-    /// The same, and `block_sparse_moe` is `mlp`.
-    Mixtral,
-    /// The same, and the gate is the router.
-    Phimoe,
+    /// Names on disk and the canonical ones, whole parts of a dotted name, tried in this order.
+    renames: &'static [(&'static str, &'static str)],
+    /// Whether `experts.E.w1`, `w3`, `w2` are gate, up, down.
+    numbered: bool,
 }
 
 const MLP: Family = Family {
@@ -63,7 +55,8 @@ const MLP: Family = Family {
     container: "mlp.experts",
     gate_up: "mlp.experts.gate_up_proj",
     down: "mlp.experts.down_proj",
-    renames: Renames::None,
+    renames: &[],
+    numbered: false,
 };
 
 const FEED_FORWARD: Family = Family {
@@ -78,6 +71,7 @@ const GRANITE: Family = Family {
     container: "block_sparse_moe.experts",
     gate_up: "block_sparse_moe.experts.gate_up_proj",
     down: "block_sparse_moe.experts.down_proj",
+    renames: &[("block_sparse_moe.router.layer", "block_sparse_moe.router")],
     ..MLP
 };
 
@@ -85,17 +79,37 @@ const GRANITE: Family = Family {
 const FAMILIES: &[Family] = &[
     Family {
         model_types: &[
-            "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe",
-            "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "glm_moe_dsa", "hunyuan_v1_moe",
+            "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "flex_olmo", "glm4_moe",
+            "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "glm_moe_dsa", "hunyuan_v1_moe",
             "mellum", "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
             "qwen3_omni_moe_text", "solar_open",
         ],
         ..MLP
     },
-    Family { model_types: &["mixtral", "minimax", "minimax_m2"], renames: Renames::Mixtral, ..MLP },
-    Family { model_types: &["phimoe"], renames: Renames::Phimoe, ..MLP },
+    Family {
+        model_types: &["ernie4_5_moe"],
+        renames: &[("mlp.moe_statics", "mlp.gate.moe_statics")],
+        ..MLP
+    },
+    Family {
+        model_types: &["exaone_moe"],
+        renames: &[("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias")],
+        ..MLP
+    },
+    Family {
+        model_types: &["mixtral", "minimax", "minimax_m2"],
+        renames: &[("block_sparse_moe", "mlp")],
+        numbered: true,
+        ..MLP
+    },
+    Family {
+        model_types: &["phimoe"],
+        renames: &[("block_sparse_moe.gate", "mlp.router"), ("block_sparse_moe", "mlp")],
+        numbered: true,
+        ..MLP
+    },
     Family { model_types: &["jamba"], ..FEED_FORWARD },
-    Family { model_types: &["lfm2_moe"], renames: Renames::Numbered, ..FEED_FORWARD },
+    Family { model_types: &["lfm2_moe"], numbered: true, ..FEED_FORWARD },
     Family {
         model_types: &["gemma4", "gemma4_text"],
         container: "experts",
@@ -107,7 +121,9 @@ const FAMILIES: &[Family] = &[
     // The same family as it was written before its experts had names of their own.
     Family { gate_up: "block_sparse_moe.input_linear.weight", down: "block_sparse_moe.output_linear.weight", ..GRANITE },
     Family { model_types: &["llama4", "llama4_text"], layout: Layout::InOut, ..FEED_FORWARD },
+    // As published, and as transformers 5 saves it.
     Family { model_types: &["qwen3_vl_moe", "qwen3_vl_moe_text"], layout: Layout::InOut, ..MLP },
+    Family { model_types: &["qwen3_vl_moe", "qwen3_vl_moe_text"], ..MLP },
     Family { model_types: &["gpt_oss"], layout: Layout::InOutInterleaved, ..MLP },
 ];
 
@@ -124,10 +140,10 @@ pub(crate) struct Part {
 }
 
 /// A tensor that the table knows as a stack of experts.
-pub(crate) struct Stack {
+struct Stack {
     container: String,
     holds: Holds,
-    pub(crate) layout: Layout,
+    layout: Layout,
 }
 
 /// The families of one model.
@@ -165,14 +181,16 @@ impl Experts {
 
     /// The canonical name of a tensor.
     pub(crate) fn canonical(&self, name: &str) -> String {
-        let renames = self.families.first().map_or(Renames::None, |family| family.renames);
-        if renames == Renames::None {
-            return name.to_owned();
+        let Some(family) = self.families.first() else { return name.to_owned() };
+        let mut name = format!(".{name}.");
+        for (from, to) in family.renames {
+            name = name.replace(&format!(".{from}."), &format!(".{to}."));
         }
-        let mut parts: Vec<&str> = name.split('.').collect();
-        for at in 0..parts.len() {
-            let number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
-            if at >= 2 && parts[at - 2] == "experts" && number(parts[at - 1]) {
+        let mut parts: Vec<&str> = name[1..name.len() - 1].split('.').collect();
+        for at in 2..parts.len() {
+            let expert = parts[at - 1];
+            let is_expert = !expert.is_empty() && expert.bytes().all(|byte| byte.is_ascii_digit());
+            if family.numbered && is_expert && parts[at - 2] == "experts" {
                 parts[at] = match parts[at] {
                     "w1" => "gate_proj",
                     "w3" => "up_proj",
@@ -180,34 +198,31 @@ impl Experts {
                     other => other,
                 };
             }
-            if renames != Renames::Numbered && parts[at] == "block_sparse_moe" {
-                parts[at] = "mlp";
-                if renames == Renames::Phimoe && parts.get(at + 1) == Some(&"gate") {
-                    parts[at + 1] = "router";
-                }
-            }
         }
         parts.join(".")
     }
 
-    /// The stack that a tensor of this canonical name is, if the table has it.
-    pub(crate) fn stack(&self, canonical: &str) -> Option<Stack> {
-        self.families.iter().find_map(|family| {
-            [(family.gate_up, Holds::GateUp), (family.down, Holds::Down)].into_iter().find_map(
-                |(ending, holds)| {
-                    let front = canonical.strip_suffix(ending)?;
-                    (front.is_empty() || front.ends_with('.')).then(|| Stack {
-                        container: format!("{front}{}", family.container),
-                        holds,
-                        layout: family.layout,
-                    })
-                },
-            )
+    /// The matrices of a tensor that the table has as a stack, or what is wrong with its sides; `None` if it is none.
+    pub(crate) fn take_apart(
+        &self,
+        canonical: &str,
+        shape: &[u64],
+    ) -> Option<Result<(Layout, Vec<Part>), String>> {
+        let stacks: Vec<Stack> = self.families.iter().filter_map(|family| stack(family, canonical)).collect();
+        let mut fitting = stacks.iter().map(|stack| Ok((stack.layout, self.parts(stack, shape)?)));
+        let first = fitting.next()?;
+        let others: Vec<_> = fitting.filter_map(Result::ok).collect();
+        Some(match (first, others.as_slice()) {
+            (first, []) => first,
+            (Err(_), [_]) => Ok(others.into_iter().next()?),
+            _ => {
+                Err(format!("its shape is {shape:?}, which fits both layouts that this family is written in"))
+            }
         })
     }
 
     /// The matrices of a stack of these sides, or what is wrong with the sides.
-    pub(crate) fn parts(&self, stack: &Stack, shape: &[u64]) -> Result<Vec<Part>, String> {
+    fn parts(&self, stack: &Stack, shape: &[u64]) -> Result<Vec<Part>, String> {
         let &[experts, rows, cols] = shape else {
             return Err(format!("its shape is {shape:?}, a stack of experts has three sides"));
         };
@@ -263,6 +278,19 @@ impl Experts {
     }
 }
 
+/// What a tensor of this canonical name is in a family, if it is a stack.
+fn stack(family: &Family, canonical: &str) -> Option<Stack> {
+    [(family.gate_up, Holds::GateUp), (family.down, Holds::Down)].into_iter().find_map(|(ending, holds)| {
+        let front = canonical.strip_suffix(ending)?;
+        let container = format!("{front}{}", family.container);
+        (front.is_empty() || front.ends_with('.')).then_some(Stack {
+            container,
+            holds,
+            layout: family.layout,
+        })
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -279,7 +307,9 @@ mod tests {
         for (n, family) in FAMILIES.iter().enumerate() {
             for other in &FAMILIES[n + 1..] {
                 let both = family.model_types.iter().any(|name| other.model_types.contains(name));
-                assert!(!both || family.gate_up != other.gate_up, "{:?}", family.model_types);
+                let differ = family.gate_up != other.gate_up || family.layout != other.layout;
+                assert!(!both || differ, "{:?}", family.model_types);
+                assert!(!both || family.renames == other.renames, "{:?}", family.model_types);
             }
         }
     }
@@ -294,7 +324,10 @@ mod tests {
             ("phimoe", "block_sparse_moe.gate.weight", "mlp.router.weight"),
             ("lfm2_moe", "feed_forward.experts.1.w2.weight", "feed_forward.experts.1.down_proj.weight"),
             ("lfm2_moe", "feed_forward.w2.weight", "feed_forward.w2.weight"),
-            ("granitemoe", "block_sparse_moe.router.layer.weight", "block_sparse_moe.router.layer.weight"),
+            ("granitemoe", "block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight"),
+            ("ernie4_5_moe", "mlp.moe_statics.x", "mlp.gate.moe_statics.x"),
+            ("ernie4_5_moe", "mlp.gate.moe_statics.x", "mlp.gate.moe_statics.x"),
+            ("exaone_moe", "mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),
             ("llama", "block_sparse_moe.experts.0.w1.weight", "block_sparse_moe.experts.0.w1.weight"),
         ];
         for (model_type, stored, canonical) in cases {
@@ -309,16 +342,32 @@ mod tests {
         let experts = experts(json!({"model_type": "wrapper", "num_hidden_layers": 1,
             "text_config": {"model_type": "gpt_oss", "hidden_size": 6}}));
         assert_eq!((experts.model_type().as_str(), experts.hidden), ("wrapper/gpt_oss", Some(6)));
-        let stack = experts.stack("model.layers.0.mlp.experts.down_proj").unwrap();
-        assert_eq!(stack.layout, Layout::InOutInterleaved);
-        assert!(experts.stack("model.layers.0.xmlp.experts.down_proj").is_none());
+        let (layout, _) =
+            experts.take_apart("model.layers.0.mlp.experts.down_proj", &[2, 4, 6]).unwrap().unwrap();
+        assert_eq!(layout, Layout::InOutInterleaved);
+        assert!(experts.take_apart("model.layers.0.xmlp.experts.down_proj", &[2, 4, 6]).is_none());
+    }
+
+    #[test]
+    fn family_that_is_written_in_two_layouts() {
+        let name = "model.language_model.layers.0.mlp.experts.gate_up_proj";
+        let mut raw = json!({"model_type": "qwen3_vl_moe", "text_config": {"model_type": "qwen3_vl_moe_text",
+            "num_hidden_layers": 1, "hidden_size": 6}});
+        let known = experts(raw.clone());
+        let layout = |shape: &[u64]| known.take_apart(name, shape).unwrap().map(|(layout, _)| layout);
+        assert_eq!(layout(&[2, 6, 8]), Ok(Layout::InOut));
+        assert_eq!(layout(&[2, 8, 6]), Ok(Layout::OutIn));
+        assert!(layout(&[2, 6, 6]).unwrap_err().contains("fits both"));
+        assert!(layout(&[2, 8, 10]).unwrap_err().contains("side of 6"));
+        raw["text_config"]["hidden_size"] = Value::Null;
+        assert!(experts(raw).take_apart(name, &[2, 6, 8]).unwrap().unwrap_err().contains("fits both"));
     }
 
     #[test]
     fn sides_that_cannot_be_a_stack() {
         let experts = experts(json!({"model_type": "qwen3_moe", "num_hidden_layers": 1, "hidden_size": 6}));
-        let stack = experts.stack("model.layers.0.mlp.experts.gate_up_proj").unwrap();
-        assert_eq!(experts.parts(&stack, &[3, 8, 6]).unwrap().len(), 6);
+        let parts = |shape| experts.take_apart("model.layers.0.mlp.experts.gate_up_proj", shape).unwrap();
+        assert_eq!(parts(&[3, 8, 6]).unwrap().1.len(), 6);
         for (shape, problem) in [
             (&[8, 6][..], "three sides"),
             (&[3, 6, 8], "in side of 6"),
@@ -326,7 +375,7 @@ mod tests {
             (&[1 << 40, 0, 6], "above zero"),
             (&[1 << 20, 2, 6], "at most 65536 experts"),
         ] {
-            let found = experts.parts(&stack, shape).unwrap_err();
+            let found = parts(shape).unwrap_err();
             assert!(found.contains(problem), "{found}");
         }
     }

@@ -1,9 +1,10 @@
 //! Folders of safetensors seen as named tensors, and the way back.
 //!
 //! A [`Checkpoint`] is a model folder, or a PEFT LoRA folder over one; it answers with names, shapes and values of the
-//! model that the folder stands for. A [`FolderWriter`] makes a new folder appear whole or not at all. Everything read
-//! here came from somebody else: lengths, offsets, shapes, names and links are checked before anything is allocated,
-//! and a refusal names the tensor and the file.
+//! model that the folder stands for. Its [`Unit`]s are the same model in canonical form: experts taken apart, their
+//! matrices [out, in], fp8 scales with their weights. A [`FolderWriter`] makes a new folder appear whole or not at all.
+//! Everything read here came from somebody else: lengths, offsets, shapes, names and links are checked before anything
+//! is allocated, and a refusal names the tensor and the file.
 //!
 //! Not here: GPUs, matrix algebra beyond adding an adapter to its weight, printing, downloading, and the environment.
 

@@ -82,7 +82,7 @@ fn format_of(shards: &ShardSet, info: &TensorInfo, method: Option<&str>) -> Opti
             let scaled = [".weight_scale", ".weight_scale_inv", ".scale", ".scales"]
                 .iter()
                 .any(|ending| has(front, ending));
-            scaled.then_some("integers with scales")
+            scaled.then_some("8-bit codes with scales")
         }
         _ => None,
     }

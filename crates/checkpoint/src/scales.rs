@@ -1,8 +1,8 @@
 //! Scales of fp8 weights: found from headers, read as `f32`.
 //!
 //! A value is `q * scale`, whatever `_inv` in the tensor's name says. One scale holds for a block of
-//! `quantization_config.weight_block_size`, which is never inferred, or for a whole matrix where the scale is a single
-//! number. The grid has ceil(out / block) x ceil(in / block) scales, of each expert in a stack. A scale may lie in any
+//! `quantization_config.weight_block_size`, which is never inferred, or for a whole matrix where there is one scale per
+//! matrix. The grid has ceil(out / block) x ceil(in / block) scales, of each expert in a stack. A scale may lie in any
 //! shard. Scales are F32, BF16 (or another plain float) or F8_E8M0, finite and above zero.
 //!
 //! Not here: the codes themselves, which stay as stored.
@@ -46,12 +46,14 @@ pub(crate) struct Scales {
 }
 
 impl Scales {
-    /// Finds and checks the scales of `weight`, each matrix of which is `matrix` = [rows, columns] as stored.
+    /// Finds and checks the scales of `weight`, each matrix of which is `matrix` = [rows, columns] as stored; `halves` if
+    /// that is gate and up.
     pub(crate) fn find(
         model: &Checkpoint,
         weight: &TensorInfo,
         matrix: [u64; 2],
         stacked: Option<u64>,
+        halves: bool,
         block: Option<[u64; 2]>,
     ) -> Result<Scales> {
         let refuse = |problem: String| scale_error(weight, problem);
@@ -77,8 +79,12 @@ impl Scales {
             return Ok(found(matrix.map(|side| side.max(1)), [1, 1], 0));
         }
         let Some(block) = block else {
+            // Without blocks a stack has one scale per matrix, of gate and up fused one per half.
             if stacked.is_some_and(|experts| scale.shape == [experts, 1, 1]) {
                 return Ok(found(matrix, [1, 1], 1));
+            }
+            if halves && stacked.is_some_and(|experts| scale.shape == [experts, 2, 1]) {
+                return Ok(found([matrix[0] / 2, matrix[1]], [2, 1], 2));
             }
             return Err(refuse(format!(
                 "`{}` is {:?} but `quantization_config.weight_block_size` is not in config.json",

@@ -22,6 +22,9 @@ use crate::scales::{Scales, block_size, is_scaled, named_scales, scale_error};
 use crate::shards::{ShardSet, TensorInfo};
 use crate::values::widen_f32;
 
+/// Buffers with more than two sides that models keep in their layers beside the weights.
+const BUFFERS: [&str; 4] = ["slope_rate", "query_decay", "key_decay", "diagonal_decay"];
+
 /// Bytes that a gathering read holds beside its output, unless one stored row is longer.
 const GATHER_BYTES: u64 = 4 << 20;
 
@@ -167,21 +170,23 @@ impl Checkpoint {
         };
         let name = experts.canonical(&base.name);
         let scaled = is_scaled(stored.dtype);
-        let scales =
-            |matrix, stacked| scaled.then(|| Scales::find(self, base, matrix, stacked, block)).transpose();
+        let scales = |matrix, stacked, halves| {
+            scaled.then(|| Scales::find(self, base, matrix, stacked, halves, block)).transpose()
+        };
 
-        if let Some(stack) = experts.stack(&name) {
-            let parts = experts.parts(&stack, &base.shape).map_err(refuse)?;
+        if let Some(found) = experts.take_apart(&name, &base.shape) {
+            let (layout, parts) = found.map_err(refuse)?;
             let (rows, cols) = (base.shape[1], base.shape[2]);
-            let scales = scales([rows, cols], Some(base.shape[0]))?;
+            let halves = parts.iter().any(|part| part.row > 0);
+            let scales = scales([rows, cols], Some(base.shape[0]), halves)?;
             if let Some(scales) = &scales {
-                if stack.layout != Layout::OutIn {
+                if layout != Layout::OutIn {
                     return Err(scale_error(
                         base,
                         "is of experts stored as [in, out], which is not read".into(),
                     ));
                 }
-                if parts.iter().any(|part| part.row > 0) && scales.halves_are_ambiguous(rows) {
+                if halves && scales.halves_are_ambiguous(rows) {
                     let problem = format!("has blocks that straddle gate and up, {} rows each", rows / 2);
                     return Err(scale_error(base, problem));
                 }
@@ -220,7 +225,7 @@ impl Checkpoint {
                 unit.shape.len()
             )));
         }
-        unit.scale = scales([unit.rows(), unit.cols()], None)?.map(|scales| scales.of(0, 0));
+        unit.scale = scales([unit.rows(), unit.cols()], None, false)?.map(|scales| scales.of(0, 0));
         units.push(unit);
         Ok(())
     }
@@ -338,9 +343,9 @@ impl Gather {
 }
 
 /// Whether a tensor of a layer may hold more than one matrix: three sides or more, more than one of them above 1, and
-/// not named like the weight of a convolution.
+/// not named like the weight of a convolution or a known buffer.
 fn looks_like_a_stack(name: &str, shape: &[u64]) -> bool {
     shape.len() > 2
         && shape.iter().filter(|&&side| side != 1).count() > 1
-        && !name.split('.').any(|part| part.contains("conv"))
+        && !name.split('.').any(|part| part.contains("conv") || BUFFERS.contains(&part))
 }

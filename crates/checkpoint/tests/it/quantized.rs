@@ -55,7 +55,7 @@ fn formats_told_by_their_tensors() {
     assert_refused(
         plain(),
         &[int8, codes(".weight_scale", Dtype::F32, &[4, 1])],
-        "integers with scales",
+        "8-bit codes with scales",
         transformers,
     );
 

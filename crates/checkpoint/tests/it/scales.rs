@@ -231,6 +231,28 @@ fn one_scale_per_expert_or_for_all() {
     }
 }
 
+#[test]
+fn one_scale_per_half_of_gate_and_up() {
+    let weight = codes(&format!("{EXPERTS}.gate_up_proj"), Dtype::F8E4M3, &[2, 8, 4]);
+    let name = format!("{EXPERTS}.gate_up_proj_scale_inv");
+    let tensors = [weight, scale(&name, &[2, 2, 1], &[1.0, 2.0, 3.0, 4.0])];
+    let (_dir, model) = folder(&no_blocks(), &tensors);
+    let got: Vec<f32> = model
+        .units()
+        .unwrap()
+        .iter()
+        .map(|unit| {
+            let scale = unit.scale.as_ref().unwrap();
+            assert_eq!(scale.at(0, 0), scale.at(3, 3));
+            model.read_scales(unit).unwrap()[scale.at(3, 3) as usize]
+        })
+        .collect();
+    assert_eq!(got, [1.0, 2.0, 3.0, 4.0]);
+    let weight = codes(&format!("{EXPERTS}.down_proj"), Dtype::F8E4M3, &[2, 8, 4]);
+    let halves = scale(&format!("{EXPERTS}.down_proj_scale_inv"), &[2, 2, 1], &ramp(4, 1.0));
+    assert_scale_error(&no_blocks(), &[weight, halves], "weight_block_size");
+}
+
 #[track_caller]
 fn assert_scale_error(config: &Value, tensors: &[Tensor], detail: &str) {
     let (_dir, model) = folder(config, tensors);
