@@ -40,5 +40,6 @@ pub use shards::{ShardSet, TensorInfo};
 pub use units::{BlockScale, Slice, Unit};
 pub use values::{pack_f32, widen_f32};
 pub use write::{
-    FolderWriter, PARTIAL_MARKER, PartialFolder, ShardWriter, TensorSpec, default_metadata, safetensors_bytes,
+    FolderWriter, PARTIAL_MARKER, PartialFolder, PlacedShard, ShardWriter, TensorSpec, default_metadata,
+    safetensors_bytes,
 };

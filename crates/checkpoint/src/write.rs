@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
 use std::io::{BufWriter, ErrorKind, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -135,6 +136,11 @@ impl FolderWriter {
         })
     }
 
+    /// Gives the output up, and what was kept for it.
+    pub fn discard(mut self) {
+        self.keep = false;
+    }
+
     /// Where the folder will appear.
     pub fn out(&self) -> &Path {
         &self.out
@@ -173,6 +179,30 @@ impl FolderWriter {
             started: false,
             unfinished: self.unfinished.clone(),
         })
+    }
+
+    /// Starts a file with the header of another, byte for byte, so that every tensor has the same place in both; what is
+    /// not written stays zero.
+    pub fn shard_like(&self, source: &Path, file_name: &str) -> Result<PlacedShard> {
+        let path = self.place(file_name)?;
+        let from = File::open(source).map_err(CheckpointError::io("read", source))?;
+        let total_bytes = from.metadata().map_err(CheckpointError::io("read", source))?.len();
+        let mut length = [0u8; 8];
+        from.read_exact_at(&mut length, 0).map_err(CheckpointError::io("read", source))?;
+        // The header was read and checked when the source was opened; the limit holds should it have changed since.
+        let header_bytes = u64::from_le_bytes(length).min(HEADER_BYTES_MAX);
+        let mut header = vec![0u8; header_bytes as usize];
+        from.read_exact_at(&mut header, 8).map_err(CheckpointError::io("read", source))?;
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path);
+        let file = file.map_err(CheckpointError::io("create", &path))?;
+        let write = |file: &File| -> std::io::Result<()> {
+            file.set_len(total_bytes)?;
+            file.write_all_at(&length, 0)?;
+            file.write_all_at(&header, 8)
+        };
+        write(&file).map_err(CheckpointError::io("write", &path))?;
+        self.unfinished.fetch_add(1, Ordering::SeqCst);
+        Ok(PlacedShard { path, file, unfinished: self.unfinished.clone() })
     }
 
     /// Writes a whole safetensors file of small tensors, in this order.
@@ -271,6 +301,28 @@ impl Drop for FolderWriter {
             // Nobody is left to tell; the marker lets the next run clean up.
             let _ = fs::remove_dir_all(&self.partial);
         }
+    }
+}
+
+/// A file whose tensors are written where they belong, in any order and from any thread.
+#[derive(Debug)]
+pub struct PlacedShard {
+    path: PathBuf,
+    file: File,
+    unfinished: Arc<AtomicUsize>,
+}
+
+impl PlacedShard {
+    /// Writes bytes from this place in the file on.
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.file.write_all_at(bytes, offset).map_err(CheckpointError::io("write", &self.path))
+    }
+
+    /// Flushes the file to disk; the caller knows that everything was written.
+    pub fn finish(self) -> Result<()> {
+        self.file.sync_all().map_err(CheckpointError::io("write", &self.path))?;
+        self.unfinished.fetch_sub(1, Ordering::SeqCst);
+        Ok(())
     }
 }
 

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use checkpoint::{Checkpoint, Role, module_of, printable, role};
+use checkpoint::{Checkpoint, Role, module_of, printable};
 
 use crate::error::{GeneError, Result};
 use crate::read::Gene;
@@ -27,9 +27,10 @@ pub fn fingerprint<N: AsRef<str>>(model_type: &str, modules: impl Iterator<Item 
 }
 
 /// The fingerprint of a checkpoint.
-pub fn fingerprint_of(model: &Checkpoint) -> String {
-    let modules = linear_modules(model);
-    fingerprint(&model.config().model_type, modules.iter().map(|(name, shape)| (name, shape[0], shape[1])))
+pub fn fingerprint_of(model: &Checkpoint) -> Result<String> {
+    let modules = linear_modules(model)?;
+    let modules = modules.iter().map(|(name, shape)| (name, shape[0], shape[1]));
+    Ok(fingerprint(&model.config().model_type, modules))
 }
 
 /// Refuses a target that the gene does not fit, naming the first module that differs.
@@ -46,10 +47,10 @@ pub fn check_family(gene: &Gene, target: &Checkpoint) -> Result<()> {
         return refuse("`model_type` differs".into());
     }
     // The modules are compared even if the fingerprints agree, because the file may have been edited.
-    let mut theirs = linear_modules(target);
+    let mut theirs = linear_modules(target)?;
     for module in gene.modules() {
         let name = printable(&module.name);
-        match theirs.remove(module.name.as_str()) {
+        match theirs.remove(&module.name) {
             None => return refuse(format!("`{name}` is not in the target")),
             Some(shape) if shape != module.shape => {
                 return refuse(format!(
@@ -73,7 +74,7 @@ pub fn check_family(gene: &Gene, target: &Checkpoint) -> Result<()> {
             Some(_) => {}
         }
     }
-    if family.fingerprint != fingerprint_of(target) {
+    if family.fingerprint != fingerprint_of(target)? {
         return refuse(match theirs.first_key_value() {
             Some((name, _)) => format!("`{}` is not in the gene", printable(name)),
             None => "the fingerprints differ".into(),
@@ -82,15 +83,16 @@ pub fn check_family(gene: &Gene, target: &Checkpoint) -> Result<()> {
     Ok(())
 }
 
-fn linear_modules(model: &Checkpoint) -> BTreeMap<&str, [u64; 2]> {
-    let linear =
-        model.tensors().iter().filter(|info| matches!(role(&info.name, &info.shape), Role::Linear { .. }));
-    linear
-        .filter_map(|info| match info.shape[..] {
-            [out, into] => Some((module_of(&info.name)?, [out, into])),
+/// Linear modules of the canonical space: experts one by one, whatever the layout.
+fn linear_modules(model: &Checkpoint) -> Result<BTreeMap<String, [u64; 2]>> {
+    let units = model.units()?;
+    let linear = units.iter().filter(|unit| matches!(unit.role, Role::Linear { .. }));
+    Ok(linear
+        .filter_map(|unit| match unit.shape[..] {
+            [out, into] => Some((module_of(&unit.name)?.to_owned(), [out, into])),
             _ => None,
         })
-        .collect()
+        .collect())
 }
 
 #[cfg(test)]

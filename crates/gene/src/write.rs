@@ -55,6 +55,11 @@ impl GeneWriter {
         })
     }
 
+    /// Where the gene is being made.
+    pub fn partial(&self) -> &Path {
+        self.folder.partial()
+    }
+
     /// A linear module kept as factors: `b` is [out, rank], `a` is [rank, in], row-major, scale 1.
     pub fn low_rank(&mut self, module: Module, b: &[f32], a: &[f32]) -> Result<()> {
         let name = module.name.clone();

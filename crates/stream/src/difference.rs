@@ -1,42 +1,71 @@
-//! The difference of one pair of tensors: nothing, factors, or a matrix on the engine.
+//! The difference of one pair of tensors: nothing, factors, or two sides ready to be subtracted.
 //!
 //! Where both checkpoints stand on the same base, a module that only adapters touch is a difference of low-rank
 //! products and its dense form is never made. Otherwise stored weights are subtracted as they are, and adapted ones as
 //! the f32 sum that the adapter stands for. Weights that are not finite are refused either way.
+//!
+//! What is read whole is hashed while it is in memory.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use checkpoint::{Checkpoint, Factors, Role, TensorInfo, module_of};
-use kernels::{DeltaStats, Dtype, Engine, KernelError, Shape, Side};
+use checkpoint::{Checkpoint, CheckpointError, Factors, Role, Unit, module_of};
+use kernels::{Dtype, Engine, KernelError, RowReader, Scales, Shape, Side, Unreadable, Weights};
 use lowrank::Term;
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
-use crate::pairing::{Pair, float, matrix_shape, unsupported};
+use crate::pairing::{Pair, bytes, file_of, float, unit_shape, unsupported};
 use crate::{Result, StreamError};
 
 /// Two checkpoints to be subtracted.
 pub(crate) struct Sides<'a> {
-    aligned: &'a Checkpoint,
-    degraded: &'a Checkpoint,
+    pub(crate) aligned: &'a Checkpoint,
+    pub(crate) degraded: &'a Checkpoint,
     same_base: bool,
 }
 
-/// What a pair of tensors differs by.
-pub(crate) enum Difference<M> {
-    /// Equal in every element.
-    Nothing,
-    /// The sum of these products, the degraded ones with negative scale.
-    Products(Vec<Factors>),
-    /// A matrix of the rows that both sides have.
-    Dense(M, DeltaStats),
-    /// Not a number that can be subtracted, and not the same bytes.
-    Opaque,
+/// One side's weights, ready to be subtracted.
+#[derive(Clone)]
+pub(crate) struct Stored {
+    pub(crate) weights: Weights,
+    /// The bytes, if they are in memory.
+    held: Option<Arc<Vec<u8>>>,
+    dtype: Dtype,
+    scales: Option<Scales>,
+    file: PathBuf,
+    /// The xxh3_128 of the whole stored tensor, where it was read.
+    pub(crate) digest: Option<u128>,
+    /// Why a reader could not go on.
+    reader: Option<Arc<UnitReader>>,
 }
 
-/// One side's weights, ready to be subtracted.
-struct Stored {
-    bytes: Vec<u8>,
-    dtype: Dtype,
-    file: PathBuf,
+/// What a pair of tensors differs by.
+pub(crate) enum Difference {
+    /// The sum of these products, the degraded ones with negative scale; nothing if there are none.
+    Products(Vec<Factors>, Stored),
+    /// Two sides of the same shape.
+    Dense(Box<[Stored; 2]>),
+}
+
+/// Reads rows of a unit each time it is asked.
+struct UnitReader {
+    side: SideRef,
+    unit: Unit,
+    error: Mutex<Option<CheckpointError>>,
+}
+
+/// A checkpoint that outlives the work: the streams keep it for as long as their engines run.
+type SideRef = Arc<Checkpoint>;
+
+impl RowReader for UnitReader {
+    fn read(&self, first_row: usize, out: &mut [u8]) -> std::result::Result<(), Unreadable> {
+        let row_bytes = (self.unit.cols() * self.unit.dtype.bits() / 8).max(1);
+        let rows = first_row as u64..first_row as u64 + out.len() as u64 / row_bytes;
+        self.side.read_unit(&self.unit, rows, out).map_err(|error| {
+            *self.error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            Unreadable
+        })
+    }
 }
 
 impl<'a> Sides<'a> {
@@ -48,69 +77,112 @@ impl<'a> Sides<'a> {
         Ok(Sides { aligned, degraded, same_base })
     }
 
-    /// The difference of one pair.
-    pub(crate) fn difference<E: Engine>(&self, engine: &E, pair: &Pair) -> Result<Difference<E::Matrix>> {
-        if float(pair.aligned.dtype).is_none() {
-            // Only formats that are no weights come so far: they are equal or they are buffers.
-            let same = self.aligned.read_base(&pair.name)?.1 == self.degraded.read_base(&pair.name)?.1;
-            return match (same, pair.role) {
-                (true, _) => Ok(Difference::Nothing),
-                (false, Role::Buffer) => Ok(Difference::Opaque),
-                (false, _) => Err(unsupported(&pair.aligned)),
-            };
-        }
-        if self.same_base && !saved(self.aligned, &pair.name) && !saved(self.degraded, &pair.name) {
-            let products = self.products(&pair.name)?;
+    /// Reads one pair.
+    pub(crate) fn read(&self, pair: &Pair) -> Result<Difference> {
+        if self.cancels(pair) {
+            let products = self.products(pair)?;
             if products.is_empty() || matches!(pair.role, Role::Linear { .. }) {
-                self.check_base(engine, &pair.degraded)?;
-                return Ok(if products.is_empty() {
-                    Difference::Nothing
-                } else {
-                    Difference::Products(products)
-                });
+                // The base cancels, but what is not finite in it is refused all the same.
+                return Ok(Difference::Products(products, stored(self.degraded, &pair.degraded, false)?));
             }
         }
-        let (aligned, degraded) =
-            rayon::join(|| stored(self.aligned, &pair.name), || stored(self.degraded, &pair.name));
-        let (mut aligned, mut degraded) = (aligned?, degraded?);
-        let shape = common_rows(pair, &mut aligned, &mut degraded);
-        let found = subtract(engine, shape, &aligned, &degraded);
-        let (delta, stats) = found.map_err(|source| located(&pair.name, &aligned, &degraded, source))?;
-        if stats.nonzero == 0 && pair.same_rows() {
-            return Ok(Difference::Nothing);
-        }
-        Ok(Difference::Dense(delta, stats))
+        let aligned = stored(self.aligned, &pair.aligned, true)?;
+        Ok(Difference::Dense(Box::new([aligned, stored(self.degraded, &pair.degraded, true)?])))
     }
 
-    /// Rows that only the aligned side has, in f32; empty if there are none.
-    pub(crate) fn new_rows(&self, pair: &Pair) -> Result<Vec<f32>> {
-        if pair.same_rows() {
-            return Ok(Vec::new());
+    /// The same with rows that are read when they are needed, for what does not fit in memory. `None` for what an
+    /// adapter changes, which is made as a whole.
+    pub(crate) fn streamed(&self, pair: &Pair, arcs: &[SideRef; 2]) -> Result<Option<Difference>> {
+        if self.cancels(pair)
+            || adapted(self.aligned, &pair.aligned)
+            || adapted(self.degraded, &pair.degraded)
+        {
+            return Ok(None);
         }
-        let cols = matrix_shape(&pair.aligned.shape).cols;
-        let common = matrix_shape(&pair.degraded.shape).rows;
-        let mut values = self.aligned.read_f32(&pair.name)?;
-        Ok(values.split_off(values.len().min(common * cols)))
+        let aligned = read_in_place(&arcs[0], &pair.aligned)?;
+        Ok(Some(Difference::Dense(Box::new([aligned, read_in_place(&arcs[1], &pair.degraded)?]))))
     }
 
-    fn products(&self, name: &str) -> Result<Vec<Factors>> {
-        let Some(module) = module_of(name) else { return Ok(Vec::new()) };
-        let mut products: Vec<Factors> = self.aligned.factors(module)?.into_iter().collect();
+    fn cancels(&self, pair: &Pair) -> bool {
+        self.same_base && !saved(self.aligned, &pair.aligned) && !saved(self.degraded, &pair.degraded)
+    }
+
+    fn products(&self, pair: &Pair) -> Result<Vec<Factors>> {
+        let mut products: Vec<Factors> = Vec::new();
+        if let Some(module) = module_of(&pair.aligned.tensor) {
+            products.extend(self.aligned.factors(module)?);
+        }
+        let Some(module) = module_of(&pair.degraded.tensor) else { return Ok(products) };
         if let Some(mut factors) = self.degraded.factors(module)? {
             factors.scale = -factors.scale;
             products.push(factors);
         }
         Ok(products)
     }
+}
 
-    /// Reads a tensor that cancels, so that what is not finite in it is refused all the same.
-    fn check_base<E: Engine>(&self, engine: &E, info: &TensorInfo) -> Result<()> {
-        let Some(dtype) = float(info.dtype) else { return Ok(()) };
-        let (info, bytes) = self.degraded.read_base(&info.name)?;
-        let side = Stored { bytes, dtype, file: info.file.clone() };
-        subtract(engine, matrix_shape(&info.shape), &side, &side)
-            .map_err(|source| located(&info.name, &side, &side, source))?;
-        Ok(())
+impl Stored {
+    /// Whether two sides in memory are the same bytes of the same meaning.
+    pub(crate) fn same_as(&self, other: &Stored) -> bool {
+        self.dtype == other.dtype
+            && self.scales == other.scales
+            && self.held.as_ref().zip(other.held.as_ref()).is_some_and(|(a, b)| a == b)
+    }
+
+    /// Values in f32.
+    pub(crate) fn of_f32(values: &[f32], shape: Shape, dir: &Path) -> Result<Stored> {
+        let held = Arc::new(bytemuck::cast_slice(values).to_vec());
+        let weights = Weights::held(held.clone(), Dtype::F32, shape);
+        let weights = weights.map_err(|source| StreamError::kernel("", dir, source))?;
+        let (dtype, file) = (Dtype::F32, dir.to_path_buf());
+        Ok(Stored { weights, held: Some(held), dtype, scales: None, file, digest: None, reader: None })
+    }
+
+    /// The first rows of what is in memory.
+    pub(crate) fn first_rows(&self, rows: usize, cols: usize) -> Result<Stored> {
+        if self.weights.shape().rows == rows {
+            return Ok(self.clone());
+        }
+        let bytes = self.held.as_ref().map_or(&[][..], |held| &held[..rows * cols * self.dtype.bytes()]);
+        let held = Arc::new(bytes.to_vec());
+        let weights =
+            with_scales(Weights::held(held.clone(), self.dtype, Shape { rows, cols }), &self.scales)
+                .map_err(|source| StreamError::kernel("", &self.file, source))?;
+        Ok(Stored { weights, held: Some(held), ..self.clone() })
+    }
+
+    /// The values of the rows from `rows` on, in f32, every one finite.
+    pub(crate) fn values_from(&self, rows: usize, cols: usize, name: &str) -> Result<Vec<f32>> {
+        let at = rows * cols;
+        let bytes = self.held.as_ref().map_or(&[][..], |held| &held[at * self.dtype.bytes()..]);
+        let values: Vec<f32> = (0..bytes.len() / self.dtype.bytes())
+            .map(|i| kernels::reference::widen(bytes, self.dtype, i) as f32)
+            .collect();
+        match values.iter().position(|x| !x.is_finite()) {
+            None => Ok(values),
+            Some(index) => Err(StreamError::NonFinite {
+                tensor: name.to_owned(),
+                file: self.file.clone(),
+                index: (at + index) as u64,
+            }),
+        }
+    }
+
+    /// Refuses what is not finite.
+    pub(crate) fn check_finite(&self, name: &str) -> Result<()> {
+        self.check_finite_from(name, 0)
+    }
+
+    /// The same for a block that begins with this element.
+    pub(crate) fn check_finite_from(&self, name: &str, first: u64) -> Result<()> {
+        match self.held.as_ref().and_then(|bytes| first_non_finite(bytes, self.dtype)) {
+            None => Ok(()),
+            Some(index) => Err(StreamError::NonFinite {
+                tensor: name.to_owned(),
+                file: self.file.clone(),
+                index: first + index,
+            }),
+        }
     }
 }
 
@@ -122,48 +194,155 @@ pub(crate) fn terms(products: &[Factors]) -> Vec<Term<'_>> {
         .collect()
 }
 
-fn subtract<E: Engine>(
-    engine: &E,
-    shape: Shape,
-    aligned: &Stored,
-    degraded: &Stored,
-) -> kernels::Result<(E::Matrix, DeltaStats)> {
-    let aligned = engine.raw(&aligned.bytes, aligned.dtype, shape)?;
-    let degraded = engine.raw(&degraded.bytes, degraded.dtype, shape)?;
-    engine.delta(&aligned, &degraded)
+/// Both sides on an engine.
+pub(crate) fn pair_on<E: Engine>(engine: &E, name: &str, sides: &[Stored; 2]) -> Result<E::Pair> {
+    let [aligned, degraded] = sides;
+    engine
+        .pair(aligned.weights.clone(), degraded.weights.clone())
+        .map_err(|source| located(name, sides, source))
 }
 
-/// The weights that a checkpoint stands for: as stored, or in f32 where an adapter is added.
-fn stored(side: &Checkpoint, name: &str) -> Result<Stored> {
-    let adapted = module_of(name)
+/// An engine's error about a pair, with its file, or the reason why a reader failed.
+pub(crate) fn located(name: &str, sides: &[Stored; 2], source: KernelError) -> StreamError {
+    let side = match source {
+        KernelError::NonFinite { side: Side::Aligned, .. }
+        | KernelError::Unread { side: Side::Aligned, .. } => &sides[0],
+        _ => &sides[1],
+    };
+    if let (KernelError::Unread { .. }, Some(reader)) = (&source, &side.reader)
+        && let Some(error) = reader.error.lock().unwrap_or_else(PoisonError::into_inner).take()
+    {
+        return error.into();
+    }
+    StreamError::kernel(name, &side.file, source)
+}
+
+/// The weights that a checkpoint stands for: as stored, or in f32 where an adapter is added and asked for.
+fn stored(side: &Checkpoint, unit: &Unit, with_adapter: bool) -> Result<Stored> {
+    let shape = unit_shape(unit);
+    if with_adapter && adapted(side, unit) {
+        return Stored::of_f32(&side.read_f32(&unit.tensor)?, shape, side.dir());
+    }
+    let mut buffer = vec![0u8; bytes(unit) as usize];
+    side.read_unit(unit, 0..unit.rows(), &mut buffer)?;
+    let digest = whole(side, unit).then(|| xxh3_128(&buffer));
+    let held = Arc::new(buffer);
+    let (dtype, scales, file) = meaning(side, unit)?;
+    let weights = Weights::held(held.clone(), dtype, shape);
+    let weights =
+        with_scales(weights, &scales).map_err(|source| StreamError::kernel(&unit.name, &file, source))?;
+    Ok(Stored { weights, held: Some(held), dtype, scales, file, digest, reader: None })
+}
+
+fn read_in_place(side: &SideRef, unit: &Unit) -> Result<Stored> {
+    let (dtype, scales, file) = meaning(side, unit)?;
+    let reader = Arc::new(UnitReader { side: side.clone(), unit: unit.clone(), error: Mutex::new(None) });
+    let weights = Weights::read(reader.clone(), dtype, unit_shape(unit));
+    let weights =
+        with_scales(weights, &scales).map_err(|source| StreamError::kernel(&unit.name, &file, source))?;
+    Ok(Stored { weights, held: None, dtype, scales, file, digest: None, reader: Some(reader) })
+}
+
+fn with_scales(weights: kernels::Result<Weights>, scales: &Option<Scales>) -> kernels::Result<Weights> {
+    match scales {
+        None => weights,
+        Some(scales) => weights?.scaled(scales.clone()),
+    }
+}
+
+fn meaning(side: &Checkpoint, unit: &Unit) -> Result<(Dtype, Option<Scales>, PathBuf)> {
+    let dtype = float(unit.dtype).ok_or_else(|| unsupported(side, unit))?;
+    Ok((dtype, scales_of(side, unit)?, file_of(side, unit)))
+}
+
+/// The scales of a unit.
+pub(crate) fn scales_of(side: &Checkpoint, unit: &Unit) -> Result<Option<Scales>> {
+    let Some(scale) = &unit.scale else { return Ok(None) };
+    Ok(Some(Scales {
+        grid: side.read_scales(unit)?,
+        grid_cols: scale.grid[1] as usize,
+        block: scale.block.map(|side| side as usize),
+        origin: [scale.row as usize, scale.col as usize],
+    }))
+}
+
+/// Whether a unit is a whole stored tensor of the base.
+fn whole(side: &Checkpoint, unit: &Unit) -> bool {
+    let stored = side.shards().get(&unit.tensor);
+    unit.slice.start == 0
+        && unit.slice.col_stride == 1
+        && stored.is_some_and(|info| info.bytes == bytes(unit))
+        && !saved(side, unit)
+}
+
+/// Rows of a tensor, read one block after the other and hashed on the way.
+pub(crate) struct Blocks<'a> {
+    side: &'a Checkpoint,
+    unit: &'a Unit,
+    row_bytes: u64,
+    hash: Option<Xxh3>,
+}
+
+impl<'a> Blocks<'a> {
+    pub(crate) fn new(side: &'a Checkpoint, unit: &'a Unit) -> Blocks<'a> {
+        let hash = whole(side, unit).then(Xxh3::new);
+        Blocks { side, unit, row_bytes: unit.cols() * unit.dtype.bits() / 8, hash }
+    }
+
+    /// The next `count` rows, which begin at `first`.
+    pub(crate) fn next(&mut self, first: u64, count: u64) -> Result<Vec<u8>> {
+        let mut buffer = vec![0u8; (count * self.row_bytes) as usize];
+        self.side.read_unit(self.unit, first..first + count, &mut buffer)?;
+        if let Some(hash) = &mut self.hash {
+            hash.update(&buffer);
+        }
+        Ok(buffer)
+    }
+
+    /// The digest of the whole tensor, if all of it was read.
+    pub(crate) fn digest(self) -> Option<u128> {
+        self.hash.map(|hash| hash.digest128())
+    }
+}
+
+/// A block of one side on its own.
+pub(crate) fn block(side: &Checkpoint, unit: &Unit, bytes: Vec<u8>, shape: Shape) -> Result<Stored> {
+    let (dtype, scales, file) = meaning(side, unit)?;
+    let held = Arc::new(bytes);
+    let weights = Weights::held(held.clone(), dtype, shape);
+    let weights = weights.map_err(|source| StreamError::kernel(&unit.name, &file, source))?;
+    Ok(Stored { weights, held: Some(held), dtype, scales, file, digest: None, reader: None })
+}
+
+/// Whether an adapter adds to a unit.
+pub(crate) fn adapted(side: &Checkpoint, unit: &Unit) -> bool {
+    module_of(&unit.tensor)
         .zip(side.adapter())
-        .is_some_and(|(module, adapter)| adapter.modules().contains_key(module));
-    if adapted {
-        let bytes = bytemuck::cast_slice(&side.read_f32(name)?).to_vec();
-        return Ok(Stored { bytes, dtype: Dtype::F32, file: side.dir().to_path_buf() });
+        .is_some_and(|(module, adapter)| adapter.modules().contains_key(module))
+}
+
+fn saved(side: &Checkpoint, unit: &Unit) -> bool {
+    side.adapter().is_some_and(|adapter| adapter.saved().contains_key(&unit.tensor))
+}
+
+/// The flat index of the first NaN or Inf, by its exponent bits.
+pub(crate) fn first_non_finite(bytes: &[u8], dtype: Dtype) -> Option<u64> {
+    fn find<const N: usize>(bytes: &[u8], bad: impl Fn(&[u8; N]) -> bool) -> Option<u64> {
+        // Blocks are looked at without branches; only one that holds something bad is searched.
+        let (elements, _) = bytes.as_chunks::<N>();
+        let block =
+            elements.chunks(1024).position(|block| block.iter().fold(false, |any, x| any | bad(x)))?;
+        let rest = elements[block * 1024..].iter().position(&bad)?;
+        Some((block * 1024 + rest) as u64)
     }
-    let (info, bytes) = side.read_stored(name)?;
-    let dtype = float(info.dtype).ok_or_else(|| unsupported(&info))?;
-    Ok(Stored { bytes, dtype, file: info.file })
-}
-
-/// Cuts both sides down to the rows that both have.
-fn common_rows(pair: &Pair, aligned: &mut Stored, degraded: &mut Stored) -> Shape {
-    let (a, d) = (matrix_shape(&pair.aligned.shape), matrix_shape(&pair.degraded.shape));
-    let shape = Shape { rows: a.rows.min(d.rows), cols: a.cols };
-    for side in [aligned, degraded] {
-        side.bytes.truncate(shape.rows * shape.cols * side.dtype.bytes());
+    match dtype {
+        Dtype::F64 => find::<8>(bytes, |x| u64::from_le_bytes(*x) & 0x7ff0 << 48 == 0x7ff0 << 48),
+        Dtype::F32 => find::<4>(bytes, |x| u32::from_le_bytes(*x) & 0x7f80_0000 == 0x7f80_0000),
+        Dtype::Bf16 => find::<2>(bytes, |x| u16::from_le_bytes(*x) & 0x7f80 == 0x7f80),
+        Dtype::F16 => find::<2>(bytes, |x| u16::from_le_bytes(*x) & 0x7c00 == 0x7c00),
+        Dtype::F8E4M3 => find::<1>(bytes, |x| x[0] & 0x7f == 0x7f),
+        Dtype::F8E5M2 => find::<1>(bytes, |x| x[0] & 0x7c == 0x7c),
     }
-    shape
-}
-
-fn located(tensor: &str, aligned: &Stored, degraded: &Stored, source: KernelError) -> StreamError {
-    let aligned_side = matches!(source, KernelError::NonFinite { side: Side::Aligned, .. });
-    StreamError::kernel(tensor, if aligned_side { &aligned.file } else { &degraded.file }, source)
-}
-
-fn saved(side: &Checkpoint, name: &str) -> bool {
-    side.adapter().is_some_and(|adapter| adapter.saved().contains_key(name))
 }
 
 fn same_folder(a: &Checkpoint, b: &Checkpoint) -> bool {
@@ -177,5 +356,32 @@ fn base_content(side: &Checkpoint) -> Result<String> {
     match side.adapter() {
         None => Ok(side.content()?),
         Some(_) => Ok(Checkpoint::open(side.base_dir(), None)?.content()?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn first_non_finite_in_every_format() {
+        for dtype in [Dtype::F64, Dtype::F32, Dtype::F16, Dtype::Bf16] {
+            for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+                for at in [2, 1500] {
+                    let mut values = vec![-65504.0; at];
+                    values.extend([bad, 1.0, bad]);
+                    let bytes: Vec<u8> =
+                        values.iter().flat_map(|&x| kernels::reference::round(x, dtype)).collect();
+                    assert_eq!(first_non_finite(&bytes, dtype), Some(at as u64), "{dtype:?} {bad}");
+                    assert_eq!(first_non_finite(&bytes[..at * dtype.bytes()], dtype), None);
+                }
+            }
+        }
+        for dtype in [Dtype::F8E4M3, Dtype::F8E5M2] {
+            for bits in 0..=u8::MAX {
+                let bad = !kernels::reference::widen(&[bits], dtype, 0).is_finite();
+                assert_eq!(first_non_finite(&[0, bits], dtype), bad.then_some(1), "{dtype:?} {bits:#04x}");
+            }
+        }
     }
 }

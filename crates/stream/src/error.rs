@@ -101,6 +101,50 @@ pub enum StreamError {
         /// What failed.
         source: LowRankError,
     },
+    /// Weights with scales cannot be added to in place.
+    #[error("tensor `{}` in `{}` is stored in 8 bits with scales, which cannot be added to", printable(.tensor), shown(.file))]
+    ScaledTarget {
+        /// The tensor.
+        tensor: String,
+        /// Its file.
+        file: PathBuf,
+    },
+    /// Told to stop.
+    #[error("interrupted after {done} of {of} tensors")]
+    Interrupted {
+        /// Finished in this run.
+        done: u64,
+        /// Of those that were left.
+        of: u64,
+    },
+    /// Not all workers are done.
+    #[error("{missing} of {of} tensors are not there yet, such as `{}`", printable(.example))]
+    Incomplete {
+        /// How many.
+        missing: u64,
+        /// Of all.
+        of: u64,
+        /// One of them.
+        example: String,
+    },
+    /// Journals of different work beside one output.
+    #[error("`{}` is about other inputs or options than the journals beside it", shown(.journal))]
+    OtherWork {
+        /// The journal.
+        journal: PathBuf,
+    },
+    /// Factors of something that is no linear module.
+    #[error("tensor `{}` is no linear module", printable(.tensor))]
+    NotLinear {
+        /// The tensor.
+        tensor: String,
+    },
+    /// Nothing to put together.
+    #[error("there is no unfinished work for `{}`", shown(.out))]
+    NoWork {
+        /// The output.
+        out: PathBuf,
+    },
     /// The two checkpoints are equal.
     #[error("`{}` and `{}` are equal in every tensor", shown(.aligned), shown(.degraded))]
     NothingDiffers {
@@ -162,6 +206,10 @@ impl StreamError {
             StreamError::OneSided { .. } => "the folder may be a partial download",
             StreamError::UnsupportedDtype { .. } => "convert the checkpoint to bf16 first",
             StreamError::NonFinite { .. } => "the checkpoint is damaged, or its training diverged",
+            StreamError::ScaledTarget { .. } => "convert the target to bf16 first, or fuse as an adapter",
+            StreamError::Interrupted { .. } => "the same command goes on where it stopped",
+            StreamError::Incomplete { .. } => "run the workers that are missing, then assemble again",
+            StreamError::OtherWork { .. } => "remove the partial folder, or run the workers again",
             StreamError::NothingDiffers { .. } => "check that the two folders are not the same model",
             StreamError::NothingChanged { .. } => {
                 "the coefficients may be too small for the number format of the target"

@@ -2,40 +2,128 @@
 //!
 //! Every tensor of both ends in exactly one class: linear modules of the layers become factors with a certificate, what
 //! is left of a layer and what lies outside is kept exactly, an embedding or head of which some rows are equal as the
-//! rows that are not, and a computed buffer that changed is left out and named. Totals are sums over all of them.
+//! rows that are not, and a computed buffer, a module without rank or one that is asked not to be kept is left out and
+//! named. Totals are sums over all of them, in the order of their names.
 //!
-//! Not here: the choice of a rank, and the gene's files.
+//! Each finished tensor goes to a journal beside the output, so that an interrupted run goes on where it stopped and
+//! several workers share the work; [`assemble`](crate::assemble) makes the gene once all tensors are there.
+//!
+//! Not here: the gene's files.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use checkpoint::{Checkpoint, Factors, Role, module_of};
-use gene::{Class, Family, Gene, GeneManifest, GeneWriter, ManifestParts, Module, Source, Sources};
-use kernels::{DeltaStats, Engine, KernelError, Shape};
-use lowrank::{Certificate, Factor, LowRank, LowRankError};
+use checkpoint::{Checkpoint, CheckpointError, FolderWriter, PartialFolder, Role, module_of};
+use gene::{Class, Family, Gene, GeneManifest, GeneWriter, Given, ManifestParts, Module, Source, Sources};
+use kernels::{DeltaStats, Engine, Shape};
+use lowrank::{Certificate, Factor, LowRank, LowRankError, Rank};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use xxhash_rust::xxh64::xxh64;
 
-use crate::difference::{Difference, Sides, terms};
-use crate::pairing::{Pair, pairs, unsupported};
+use crate::budget;
+use crate::difference::{Blocks, Difference, Sides, Stored, block, located, pair_on, terms};
+use crate::flow::{Limits, Stages, flow};
+use crate::pairing::{Pair, float, in_file_order, pairs, share_of, unsupported};
+use crate::parts::{self, Log, Placed, Segments, Worker};
 use crate::{Progress, Result, StreamError};
+
+/// Bytes of one side that are looked at together where a tensor is kept row by row.
+const BLOCK_BYTES: u64 = 16 << 20;
+/// Reader threads: both sides of a pair, and the next one.
+const READERS: usize = 2;
+
+/// Which ranks.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Ranks {
+    /// The same for every module, or less where the difference has less.
+    Fixed(usize),
+    /// For each module the smallest that leaves at most this share of its squared norm, up to a largest one.
+    Residual {
+        /// The share.
+        share: f64,
+        /// The largest rank.
+        max: usize,
+    },
+    /// For each module what stands above the noise of rounding, up to a largest one.
+    Auto {
+        /// The largest rank.
+        max: usize,
+    },
+    /// Over all modules together those that leave least of the whole difference for this many bytes of factors.
+    Budget {
+        /// Bytes of f32 factors.
+        bytes: u64,
+        /// The largest rank.
+        max: usize,
+    },
+}
+
+impl Ranks {
+    /// The largest rank of a module.
+    pub fn max(self) -> usize {
+        match self {
+            Ranks::Fixed(rank) => rank,
+            Ranks::Residual { max, .. } | Ranks::Auto { max } | Ranks::Budget { max, .. } => max,
+        }
+    }
+
+    fn of_module(self) -> Rank {
+        match self {
+            Ranks::Fixed(rank) => Rank::Fixed(rank),
+            Ranks::Residual { share, max } => Rank::Residual { share, max },
+            Ranks::Auto { max } => Rank::Noise { max },
+            Ranks::Budget { max, .. } => Rank::Fixed(max),
+        }
+    }
+}
 
 /// What to extract.
 #[derive(Debug)]
 pub struct Extract {
     /// The checkpoint that still refuses.
-    pub aligned: Checkpoint,
+    pub aligned: Arc<Checkpoint>,
     /// The checkpoint that lost its safety.
-    pub degraded: Checkpoint,
-    /// The rank of every linear module's factors.
-    pub rank: usize,
+    pub degraded: Arc<Checkpoint>,
+    /// The ranks of the linear modules' factors.
+    pub ranks: Ranks,
     /// Where the gene goes.
     pub out: PathBuf,
     /// Whether an output that exists may be replaced.
     pub force: bool,
     /// The seed of the sketches.
     pub seed: u64,
+    /// Tensors that are not kept: a name, or a beginning of one that ends in `*`.
+    pub leave_out: Vec<String>,
+    /// Bytes of weights and work under way.
+    pub memory_bytes: u64,
+    /// Which share of the work; all of it makes the gene, too.
+    pub worker: Worker,
+    /// Set to stop after what is under way.
+    pub stop: Arc<AtomicBool>,
+}
+
+impl Extract {
+    /// All of the work, with seed 0 and 1 GiB of memory, into an output that must not exist.
+    pub fn new(aligned: Checkpoint, degraded: Checkpoint, ranks: Ranks, out: &Path) -> Extract {
+        Extract {
+            aligned: Arc::new(aligned),
+            degraded: Arc::new(degraded),
+            ranks,
+            out: out.to_path_buf(),
+            force: false,
+            seed: 0,
+            leave_out: Vec::new(),
+            memory_bytes: 1 << 30,
+            worker: Worker::ALL,
+            stop: Arc::default(),
+        }
+    }
 }
 
 /// What was extracted. Shares are of `energy`.
@@ -43,6 +131,10 @@ pub struct Extract {
 pub struct ExtractReport {
     /// The output was there already, made from the same inputs and options.
     pub already: bool,
+    /// The gene is not made yet: other workers' shares are missing.
+    pub partial: bool,
+    /// Tensors that an earlier run had finished.
+    pub resumed: u64,
     /// The squared norm of the whole difference.
     pub energy: f64,
     /// The share that the gene holds.
@@ -55,67 +147,495 @@ pub struct ExtractReport {
     pub classes: BTreeMap<Class, u64>,
     /// The linear modules.
     pub modules: Vec<Module>,
+    /// What the stages did.
+    pub stages: Stages,
     /// How long it took.
     pub wall_s: f64,
-    /// Bytes of weights on both sides.
+    /// Bytes of weights on both sides of the work done.
     pub input_bytes: u64,
 }
 
-/// Extracts the gene of a pair of checkpoints.
+/// What a journal is about: the same inputs and options. Paths are absolute.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Work {
+    pub(crate) schema: u32,
+    pub(crate) kind: String,
+    pub(crate) aligned: Input,
+    pub(crate) degraded: Input,
+    pub(crate) options: Map<String, Value>,
+}
+
+/// A folder as it was found.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Input {
+    pub(crate) dir: PathBuf,
+    pub(crate) base: PathBuf,
+    /// Over the names, lengths and times of its weight files.
+    stamp: String,
+}
+
+impl Input {
+    pub(crate) fn of(side: &Checkpoint) -> Result<Input> {
+        let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+        let mut lines = String::new();
+        let own = side.adapter().map(|adapter| adapter.shards().files()).unwrap_or_default();
+        for path in side.shards().files().iter().chain(own) {
+            let kind = std::fs::metadata(path).map_err(|source| CheckpointError::Io {
+                action: "read",
+                path: path.clone(),
+                source,
+            })?;
+            let (s, ns) = (kind.mtime(), kind.mtime_nsec());
+            lines += &format!("{} {} {s}.{ns:09}\n", path.display(), kind.len());
+        }
+        let stamp = format!("{:016x}", xxhash_rust::xxh3::xxh3_64(lines.as_bytes()));
+        Ok(Input { dir: real(side.dir()), base: real(side.base_dir()), stamp })
+    }
+}
+
+/// A finished tensor.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+struct Record {
+    tensor: String,
+    class: Class,
+    layer: Option<u32>,
+    shape: Vec<u64>,
+    rank: usize,
+    energy: f64,
+    /// Shares of the energy: missed, held at best, rounding; and of the elements: unchanged.
+    residual: f64,
+    best: f64,
+    noise: f64,
+    zeros: f64,
+    /// For a choice among ranks.
+    singular: Vec<f64>,
+    outside: [f64; 2],
+    b: Segments,
+    a: Segments,
+    values: Segments,
+    rows: Segments,
+    common_rows: Option<u64>,
+    aligned_digest: Option<String>,
+    degraded_digest: Option<String>,
+}
+
+impl Placed for Record {
+    fn segments(&self) -> Segments {
+        [&self.b, &self.a, &self.values, &self.rows].into_iter().flatten().copied().collect()
+    }
+}
+
+/// Extracts the gene of a pair of checkpoints, or a worker's share of it.
 pub fn extract<E: Engine>(engine: &E, job: &Extract, progress: &dyn Progress) -> Result<ExtractReport> {
     let start = Instant::now();
     let pairs = pairs(&job.aligned, &job.degraded)?;
-    let input_bytes = pairs.iter().map(Pair::bytes).sum();
-    let how = Factor::new(job.rank, job.seed);
-    let options = options(&how);
+    let share = share_of(in_file_order(pairs.iter().collect()), job.worker);
+    let input_bytes = share.iter().map(|pair| pair.bytes()).sum();
+    let options = options(job);
     if let Some(mut report) = finished(job, &options, input_bytes)? {
         report.wall_s = start.elapsed().as_secs_f64();
         return Ok(report);
     }
-    let writer = GeneWriter::create(&job.out, job.force)?;
-    progress.stage("extracting", input_bytes);
-    let sides = Sides::new(&job.aligned, &job.degraded)?;
-    let mut run = Run { engine, sides, how, writer, totals: Totals::default(), common_rows: Map::new() };
-    for pair in &pairs {
-        run.tensor(pair)?;
-        progress.advance(pair.bytes(), &pair.name);
-    }
-    let Run { writer, totals, common_rows, .. } = run;
-    if !totals.differs {
-        return Err(StreamError::NothingDiffers {
-            aligned: job.aligned.dir().to_path_buf(),
-            degraded: job.degraded.dir().to_path_buf(),
-        });
-    }
-    let mut extra = Map::new();
-    if !common_rows.is_empty() {
-        extra.insert(COMMON_ROWS.to_owned(), Value::Object(common_rows));
-    }
-    let manifest = writer.finish(ManifestParts {
-        family: Family {
-            model_type: job.aligned.config().model_type.clone(),
-            fingerprint: gene::fingerprint_of(&job.aligned),
-            extra: Map::new(),
-        },
-        tool: env!("CARGO_PKG_VERSION").to_owned(),
+    let work = Work {
+        schema: 1,
+        kind: "extract".to_owned(),
+        aligned: Input::of(&job.aligned)?,
+        degraded: Input::of(&job.degraded)?,
         options,
-        sources: Sources {
-            aligned: source(&job.aligned)?,
-            degraded: source(&job.degraded)?,
-            extra: Map::new(),
+    };
+    let folder = PartialFolder::open(&job.out, job.force)?;
+    let (mut log, records) = Log::open::<Work, Record>(folder.path(), job.worker, &work)?;
+    let known: BTreeSet<&str> = records.iter().map(|record| record.tensor.as_str()).collect();
+    let resumed = share.iter().filter(|pair| known.contains(pair.name.as_str())).count() as u64;
+    let todo: Vec<&Pair> = share.into_iter().filter(|pair| !known.contains(pair.name.as_str())).collect();
+    progress.stage("extracting", todo.iter().map(|pair| pair.bytes()).sum());
+    let run = Run {
+        engine,
+        sides: Sides::new(&job.aligned, &job.degraded)?,
+        arcs: [job.aligned.clone(), job.degraded.clone()],
+        how: Factor::new(job.ranks.of_module(), job.seed),
+        keep_singular: matches!(job.ranks, Ranks::Budget { .. }),
+        job,
+    };
+    // Everything that computing needs of the log is behind `&`; the lines are written by the keeper alone.
+    let values = log.share();
+    let limits = Limits { memory_bytes: job.memory_bytes, readers: READERS, stop: &job.stop };
+    let flowed = flow(
+        &todo,
+        &limits,
+        |pair| run.needs(pair),
+        |pair| run.read(pair),
+        |pair, difference| run.tensor(pair, difference, &values),
+        |pair, record| {
+            log.finished(&record)?;
+            progress.advance(pair.bytes(), &pair.name);
+            Ok(())
         },
-        energy: totals.energy,
-        captured: totals.share(totals.energy - totals.missed),
-        captured_upper_bound: totals.share(totals.best),
-        noise_floor: totals.share(totals.noise),
-        extra,
-    })?;
-    Ok(report(&manifest, false, start.elapsed().as_secs_f64(), input_bytes))
+    );
+    log.sync()?;
+    let stages = flowed?;
+    drop((log, values));
+    drop(folder);
+    let mut report = if job.worker.of == 1 {
+        make(engine, job, &work, &pairs)?
+    } else {
+        ExtractReport { partial: true, ..ExtractReport::nothing() }
+    };
+    (report.stages, report.resumed, report.input_bytes) = (stages, resumed, input_bytes);
+    report.wall_s = start.elapsed().as_secs_f64();
+    Ok(report)
+}
+
+impl ExtractReport {
+    fn nothing() -> ExtractReport {
+        ExtractReport {
+            already: false,
+            partial: false,
+            resumed: 0,
+            energy: 0.0,
+            captured: 0.0,
+            captured_upper_bound: 0.0,
+            noise_floor: 0.0,
+            classes: BTreeMap::new(),
+            modules: Vec::new(),
+            stages: Stages::default(),
+            wall_s: 0.0,
+            input_bytes: 0,
+        }
+    }
 }
 
 /// Key of the manifest for row patches of tensors whose row counts differ: how many rows both sides have. Rows beyond
 /// are whole, not differences.
 pub(crate) const COMMON_ROWS: &str = "common_rows";
+
+/// What computing a tensor needs.
+struct Run<'a, E: Engine> {
+    engine: &'a E,
+    sides: Sides<'a>,
+    arcs: [Arc<Checkpoint>; 2],
+    how: Factor,
+    keep_singular: bool,
+    job: &'a Extract,
+}
+
+impl<E: Engine> Run<'_, E> {
+    /// Whether a tensor becomes factors.
+    fn factored(&self, pair: &Pair) -> bool {
+        matches!(pair.role, Role::Linear { .. }) && float(pair.aligned.dtype).is_some()
+    }
+
+    fn in_place(&self, pair: &Pair) -> bool {
+        self.factored(pair) && self.needs_held(pair) > self.job.memory_bytes
+    }
+
+    /// Bytes while a tensor is under way with both sides in memory.
+    fn needs_held(&self, pair: &Pair) -> u64 {
+        pair.bytes().saturating_add(self.work_bytes(pair))
+    }
+
+    /// Bytes of the blocks of the factorisation.
+    fn work_bytes(&self, pair: &Pair) -> u64 {
+        let columns = match self.how.rank {
+            Rank::Fixed(rank) => 2 * (rank + self.how.oversample),
+            Rank::Residual { .. } | Rank::Noise { .. } => 96,
+        } as u64;
+        let sides: u64 = pair.aligned.shape.iter().sum();
+        sides.saturating_mul(columns).saturating_mul(4 * 6)
+    }
+
+    fn needs(&self, pair: &Pair) -> u64 {
+        match self.factored(pair) {
+            true if self.in_place(pair) => self.work_bytes(pair),
+            true => self.needs_held(pair),
+            false => (6 * BLOCK_BYTES).min(6 * pair.bytes()),
+        }
+    }
+
+    /// Reads what becomes factors; the rest is read block by block where it is computed.
+    fn read(&self, pair: &Pair) -> Result<Option<Difference>> {
+        if !self.factored(pair) {
+            return Ok(None);
+        }
+        if self.in_place(pair)
+            && let Some(difference) = self.sides.streamed(pair, &self.arcs)?
+        {
+            return Ok(Some(difference));
+        }
+        self.sides.read(pair).map(Some)
+    }
+
+    /// Puts one tensor into its class.
+    fn tensor(&self, pair: &Pair, difference: Option<Difference>, values: &parts::Values) -> Result<Record> {
+        let mut record = Record {
+            tensor: pair.name.clone(),
+            layer: pair.role.layer(),
+            shape: pair.aligned.shape.clone(),
+            ..Record::default()
+        };
+        match difference {
+            None if float(pair.aligned.dtype).is_none() => self.opaque(pair, &mut record)?,
+            None => self.rows(pair, &mut record, values)?,
+            Some(Difference::Products(products, base)) => {
+                base.check_finite(&pair.name)?;
+                if !products.is_empty() {
+                    self.products(pair, &products, &mut record, values)?;
+                }
+            }
+            Some(Difference::Dense(sides)) => {
+                let hex = |side: &Stored| side.digest.map(|digest| format!("{digest:032x}"));
+                (record.aligned_digest, record.degraded_digest) = (hex(&sides[0]), hex(&sides[1]));
+                if sides[0].same_as(&sides[1]) {
+                    sides[0].check_finite(&pair.name)?;
+                } else {
+                    self.dense(pair, &sides, &mut record, values)?;
+                }
+            }
+        }
+        if record.class != Class::Unchanged && self.left_out(&pair.name) {
+            let missed = Record { class: Class::LeftOut, residual: 1.0, rank: 0, ..record };
+            record = Record {
+                b: vec![],
+                a: vec![],
+                values: vec![],
+                rows: vec![],
+                common_rows: None,
+                best: 0.0,
+                ..missed
+            };
+        }
+        Ok(record)
+    }
+
+    fn left_out(&self, name: &str) -> bool {
+        self.job.leave_out.iter().any(|pattern| match pattern.strip_suffix('*') {
+            Some(start) => name.starts_with(start),
+            None => name == pattern || module_of(name) == Some(pattern),
+        })
+    }
+
+    /// Formats that are no weights: equal, or a buffer.
+    fn opaque(&self, pair: &Pair, record: &mut Record) -> Result<()> {
+        let same = self.sides.aligned.read_base(&pair.aligned.tensor)?.1
+            == self.sides.degraded.read_base(&pair.degraded.tensor)?.1;
+        match (same, pair.role) {
+            (true, _) => {}
+            (false, Role::Buffer) => (record.class, record.residual) = (Class::LeftOut, 1.0),
+            (false, _) => return Err(unsupported(self.sides.aligned, &pair.aligned)),
+        }
+        Ok(())
+    }
+
+    fn dense(
+        &self,
+        pair: &Pair,
+        sides: &[Stored; 2],
+        record: &mut Record,
+        values: &parts::Values,
+    ) -> Result<()> {
+        let on = pair_on(self.engine, &pair.name, sides)?;
+        let key = xxh64(pair.name.as_bytes(), 0);
+        let at = |source| match source {
+            LowRankError::Kernel(source) => located(&pair.name, sides, source),
+            source => StreamError::LowRank { tensor: pair.name.clone(), source },
+        };
+        let (low_rank, stats) = lowrank::factor(self.engine, &on, key, &self.how).map_err(at)?;
+        record.energy = stats.sumsq;
+        match low_rank {
+            None if stats.nonzero == 0 => {}
+            Some(low_rank) if low_rank.rank > 0 => {
+                let certificate = lowrank::certify(self.engine, &on, &stats, &low_rank).map_err(at)?;
+                self.keep(&low_rank, &certificate, record, values)?;
+            }
+            // Too small for f32 to factor, or nothing that stands out of the noise.
+            _ => {
+                (record.class, record.residual) = (Class::LeftOut, 1.0);
+                record.noise = noise_share(&stats);
+            }
+        }
+        Ok(())
+    }
+
+    fn products(
+        &self,
+        pair: &Pair,
+        products: &[checkpoint::Factors],
+        record: &mut Record,
+        values: &parts::Values,
+    ) -> Result<()> {
+        let terms = terms(products);
+        let at = |source| StreamError::LowRank { tensor: pair.name.clone(), source };
+        let low_rank = lowrank::factor_factors(&terms, self.how.rank).map_err(at)?;
+        if low_rank.rank == 0 {
+            // Adapters that add nothing, or the same.
+            return Ok(());
+        }
+        let certificate = lowrank::certify_factors(&terms, &low_rank).map_err(at)?;
+        self.keep(&low_rank, &certificate, record, values)
+    }
+
+    fn keep(
+        &self,
+        low_rank: &LowRank,
+        certificate: &Certificate,
+        record: &mut Record,
+        values: &parts::Values,
+    ) -> Result<()> {
+        let Certificate { energy, residual, captured_upper_bound, noise_floor, zero_fraction } = *certificate;
+        record.class = Class::LowRank;
+        record.rank = low_rank.rank;
+        (record.energy, record.residual, record.best) = (energy, residual, captured_upper_bound);
+        (record.noise, record.zeros) = (noise_floor, zero_fraction);
+        for (side, factor) in [("lora_B", &low_rank.b), ("lora_A", &low_rank.a)] {
+            if let Some(index) = factor.iter().position(|x| !x.is_finite()) {
+                let name = format!("{} of `{}`", side, record.tensor);
+                return Err(gene::GeneError::NonFinite { name, index: index as u64 }.into());
+            }
+        }
+        record.b = vec![values.write(bytemuck::cast_slice(&low_rank.b))?];
+        record.a = vec![values.write(bytemuck::cast_slice(&low_rank.a))?];
+        if self.keep_singular {
+            record.singular = low_rank.singular.clone();
+            record.outside = [low_rank.outside_sumsq, low_rank.outside_norm_sq];
+        }
+        Ok(())
+    }
+
+    /// A tensor that is kept exactly: the rows that changed, or all. Read, and kept, block by block.
+    fn rows(&self, pair: &Pair, record: &mut Record, values: &parts::Values) -> Result<()> {
+        let (a_side, d_side) = (self.sides.aligned, self.sides.degraded);
+        let (cols, a_rows, d_rows) = (pair.aligned.cols(), pair.aligned.rows(), pair.degraded.rows());
+        let common = a_rows.min(d_rows);
+        let by_row = matches!(pair.role, Role::Embedding | Role::Head) && pair.aligned.shape.len() == 2;
+        // An adapter's sum of such a tensor (an embedding) is made as a whole.
+        let whole: Vec<Option<Vec<f32>>> = [(a_side, &pair.aligned), (d_side, &pair.degraded)]
+            .into_iter()
+            .map(|(side, unit)| match crate::difference::adapted(side, unit) {
+                true => side.read_f32(&unit.tensor).map(Some),
+                false => Ok(None),
+            })
+            .collect::<checkpoint::Result<_>>()?;
+        let widest = (cols * pair.aligned.dtype.bits().max(pair.degraded.dtype.bits()) / 8).max(1);
+        let step = (BLOCK_BYTES / widest).max(1);
+        let (mut a_blocks, mut d_blocks) =
+            (Blocks::new(a_side, &pair.aligned), Blocks::new(d_side, &pair.degraded));
+        let mut rows: Vec<u64> = Vec::new();
+        let mut total = DeltaStats::default();
+        let mut new_energy = 0.0f64;
+        let mut row = 0;
+        while row < a_rows.max(d_rows) {
+            let end = |rows: u64| (row + step).min(rows).max(row);
+            let side =
+                |side: &Checkpoint, unit, blocks: &mut Blocks<'_>, whole: &Option<Vec<f32>>, rows: u64| {
+                    let count = end(rows).saturating_sub(row);
+                    let bytes = if row < rows { blocks.next(row, count)? } else { Vec::new() };
+                    let shape = Shape { rows: count as usize, cols: cols as usize };
+                    match whole {
+                        None => block(side, unit, bytes, shape),
+                        Some(values) => {
+                            let at = (row * cols) as usize..((row + count) * cols) as usize;
+                            Stored::of_f32(&values[at], shape, side.dir())
+                        }
+                    }
+                };
+            let a = side(a_side, &pair.aligned, &mut a_blocks, &whole[0], a_rows)?;
+            let d = side(d_side, &pair.degraded, &mut d_blocks, &whole[1], d_rows)?;
+            let shared = end(common).saturating_sub(row) as usize;
+            let sides = [a.first_rows(shared, cols as usize)?, d.first_rows(shared, cols as usize)?];
+            if sides[0].same_as(&sides[1]) {
+                sides[0].check_finite_from(&pair.name, row * cols)?;
+                total.elements += shared as u64 * cols;
+            } else if shared > 0 {
+                let on = pair_on(self.engine, &pair.name, &sides)?;
+                let found = self.engine.delta(&on);
+                let (delta, stats) =
+                    found.map_err(|source| moved(located(&pair.name, &sides, source), row * cols))?;
+                let delta = self.engine.read(&delta).map_err(|source| located(&pair.name, &sides, source))?;
+                self.keep_rows(&delta, row, cols, by_row, &mut rows, record, values)?;
+                add(&mut total, &stats);
+            }
+            if end(a_rows) > row + shared as u64 {
+                let from = row + shared as u64;
+                let new = a.values_from(shared, cols as usize, &pair.name)?;
+                new_energy += new.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>();
+                rows.extend(from..end(a_rows));
+                record.values.push(values.write(bytemuck::cast_slice(&new))?);
+            }
+            row += step;
+        }
+        let hex = |blocks: Blocks<'_>| blocks.digest().map(|digest| format!("{digest:032x}"));
+        (record.aligned_digest, record.degraded_digest) = (hex(a_blocks), hex(d_blocks));
+        record.energy = total.sumsq + new_energy;
+        record.best = 1.0;
+        record.noise =
+            if record.energy > 0.0 { noise_share(&total) * total.sumsq / record.energy } else { 0.0 };
+        let same_rows = pair.same_rows();
+        if total.nonzero == 0 && same_rows {
+            (record.class, record.best) = (Class::Unchanged, 0.0);
+        } else if pair.role == Role::Buffer || rows.is_empty() || (total.sumsq == 0.0 && same_rows) {
+            // Also rows that only the degraded side has: nothing to keep, but not the same either; and a difference
+            // too small for f32.
+            (record.class, record.residual, record.best) = (Class::LeftOut, 1.0, 0.0);
+        } else if !by_row || (rows.len() as u64 == common && same_rows) {
+            record.class = Class::Full;
+        } else {
+            record.class = Class::RowPatch;
+            record.common_rows = (!same_rows).then_some(common);
+            record.rows = vec![values.write(bytemuck::cast_slice(&rows))?];
+        }
+        if !matches!(record.class, Class::Full | Class::RowPatch) {
+            record.values.clear();
+        }
+        Ok(())
+    }
+
+    /// Writes the rows of a block that changed, or all where rows do not matter.
+    fn keep_rows(
+        &self,
+        delta: &[f32],
+        first: u64,
+        cols: u64,
+        by_row: bool,
+        rows: &mut Vec<u64>,
+        record: &mut Record,
+        values: &parts::Values,
+    ) -> Result<()> {
+        let cols = (cols as usize).max(1);
+        let mut kept: Vec<f32> = Vec::new();
+        for (at, line) in delta.chunks(cols).enumerate() {
+            if !by_row || line.iter().any(|&x| x != 0.0) {
+                rows.push(first + at as u64);
+                kept.extend_from_slice(line);
+            }
+        }
+        if !kept.is_empty() {
+            record.values.push(values.write(bytemuck::cast_slice(&kept))?);
+        }
+        Ok(())
+    }
+}
+
+/// An element's index in a block as one in its tensor.
+fn moved(error: StreamError, by: u64) -> StreamError {
+    match error {
+        StreamError::NonFinite { tensor, file, index } => {
+            StreamError::NonFinite { tensor, file, index: index + by }
+        }
+        error => error,
+    }
+}
+
+fn add(total: &mut DeltaStats, part: &DeltaStats) {
+    total.sumsq += part.sumsq;
+    total.ulp_sumsq += part.ulp_sumsq;
+    total.max_abs = total.max_abs.max(part.max_abs);
+    total.nonzero += part.nonzero;
+    total.elements += part.elements;
+}
+
+fn noise_share(stats: &DeltaStats) -> f64 {
+    if stats.sumsq > 0.0 { (stats.ulp_sumsq / 12.0 / stats.sumsq).min(1.0) } else { 0.0 }
+}
 
 /// Sums over all tensors, in squared norms.
 #[derive(Default)]
@@ -128,13 +648,12 @@ struct Totals {
 }
 
 impl Totals {
-    /// A tensor of `energy`, with its shares.
-    fn add(&mut self, energy: f64, missed: f64, best: f64, noise: f64) {
-        self.energy += energy;
-        self.missed += missed * energy;
-        self.best += best * energy;
-        self.noise += noise * energy;
-        self.differs = true;
+    fn add(&mut self, record: &Record) {
+        self.energy += record.energy;
+        self.missed += record.residual * record.energy;
+        self.best += record.best * record.energy;
+        self.noise += record.noise * record.energy;
+        self.differs |= record.class != Class::Unchanged;
     }
 
     fn share(&self, part: f64) -> f64 {
@@ -143,148 +662,272 @@ impl Totals {
     }
 }
 
-struct Run<'a, E: Engine> {
-    engine: &'a E,
-    sides: Sides<'a>,
-    how: Factor,
-    writer: GeneWriter,
-    totals: Totals,
-    common_rows: Map<String, Value>,
-}
-
-impl<E: Engine> Run<'_, E> {
-    /// Puts one tensor into its class.
-    fn tensor(&mut self, pair: &Pair) -> Result<()> {
-        let (name, layer, shape) = (&pair.name, pair.role.layer(), &pair.aligned.shape);
-        match self.sides.difference(self.engine, pair)? {
-            Difference::Nothing => Ok(self.writer.class_only(name, layer, shape, Class::Unchanged, 0.0)?),
-            Difference::Opaque => self.left_out(pair, 0.0),
-            Difference::Products(products) => self.products(pair, &products),
-            Difference::Dense(delta, stats) => match pair.role {
-                // A difference too small for f32 has nothing to factor.
-                Role::Buffer => self.left_out(pair, stats.sumsq),
-                _ if stats.sumsq == 0.0 && pair.same_rows() => self.left_out(pair, 0.0),
-                Role::Linear { .. } => self.factored(pair, &delta, &stats),
-                Role::Embedding | Role::Head if shape.len() == 2 => self.rows(pair, &delta, &stats),
-                _ => self.full(pair, &self.engine.read(&delta).map_err(|e| at(pair, e))?, &stats),
-            },
+/// Makes the gene from what the workers left.
+pub(crate) fn make<E: Engine>(
+    engine: &E,
+    job: &Extract,
+    work: &Work,
+    pairs: &[Pair],
+) -> Result<ExtractReport> {
+    let folder = FolderWriter::resume(&job.out, job.force)?;
+    let found = parts::read_all::<Work, Record>(folder.partial())?;
+    let mut records: BTreeMap<String, (Record, Arc<File>)> = BTreeMap::new();
+    if let Some((same, all)) = found
+        && same == *work
+    {
+        records.extend(all.into_iter().map(|(record, part)| (record.tensor.clone(), (record, part))));
+    }
+    let missing: Vec<&Pair> = pairs.iter().filter(|pair| !records.contains_key(&pair.name)).collect();
+    if let Some(first) = missing.first() {
+        let (missing, of) = (missing.len() as u64, pairs.len() as u64);
+        return Err(StreamError::Incomplete { missing, of, example: first.name.clone() });
+    }
+    if !records.values().any(|(record, _)| record.class != Class::Unchanged) {
+        folder.discard();
+        return Err(StreamError::NothingDiffers {
+            aligned: job.aligned.dir().to_path_buf(),
+            degraded: job.degraded.dir().to_path_buf(),
+        });
+    }
+    let mut shorter: BTreeMap<String, (Vec<f32>, Vec<f32>)> = BTreeMap::new();
+    if let Ranks::Budget { bytes, .. } = job.ranks {
+        shorter = cut_to_budget(engine, job, pairs, &mut records, bytes)?;
+    }
+    let mut totals = Totals::default();
+    let mut common_rows = Map::new();
+    let mut digests: [BTreeMap<String, u128>; 2] = Default::default();
+    let mut writer = GeneWriter::in_folder(folder)?;
+    for pair in pairs {
+        let Some((record, part)) = records.get(&pair.name) else { continue };
+        totals.add(record);
+        for (known, unit, hex) in
+            [(0, &pair.aligned, &record.aligned_digest), (1, &pair.degraded, &record.degraded_digest)]
+        {
+            if let Some(digest) = hex.as_ref().and_then(|hex| u128::from_str_radix(hex, 16).ok()) {
+                digests[known].insert(unit.tensor.clone(), digest);
+            }
+        }
+        let given = |segments: &Segments| Given { file: part.clone(), segments: segments.clone() };
+        let (name, shape) = (&record.tensor, &record.shape);
+        match record.class {
+            Class::Unchanged => writer.class_only(name, record.layer, shape, record.class, 0.0)?,
+            Class::LeftOut => writer.class_only(name, record.layer, shape, record.class, record.energy)?,
+            Class::Full => writer.full_given(name, shape, given(&record.values), record.energy)?,
+            Class::RowPatch => {
+                let mut index = vec![0u8; record.rows.iter().map(|(_, bytes)| *bytes as usize).sum()];
+                read_parts(part, &record.rows, &mut index)?;
+                let rows: Vec<u64> =
+                    index.as_chunks::<8>().0.iter().map(|row| u64::from_le_bytes(*row)).collect();
+                if let Some(common) = record.common_rows {
+                    common_rows.insert(name.clone(), json!(common));
+                }
+                let shape = [shape[0], shape[1]];
+                writer.row_patch_given(name, shape, &rows, given(&record.values), record.energy)?;
+            }
+            Class::LowRank => {
+                let module = module(pair, record)?;
+                match shorter.get(name) {
+                    Some((b, a)) => writer.low_rank(module, b, a)?,
+                    None => writer.low_rank_given(module, given(&record.b), given(&record.a))?,
+                }
+            }
         }
     }
-
-    fn left_out(&mut self, pair: &Pair, energy: f64) -> Result<()> {
-        self.totals.add(energy, 1.0, 0.0, 0.0);
-        let (name, layer, shape) = (&pair.name, pair.role.layer(), &pair.aligned.shape);
-        Ok(self.writer.class_only(name, layer, shape, Class::LeftOut, energy)?)
+    let mut extra = Map::new();
+    if !common_rows.is_empty() {
+        extra.insert(COMMON_ROWS.to_owned(), Value::Object(common_rows));
     }
-
-    fn full(&mut self, pair: &Pair, delta: &[f32], stats: &DeltaStats) -> Result<()> {
-        self.totals.add(stats.sumsq, 0.0, 1.0, noise_share(stats));
-        Ok(self.writer.full(&pair.name, pair.role.layer(), &pair.aligned.shape, delta)?)
-    }
-
-    fn factored(&mut self, pair: &Pair, delta: &E::Matrix, stats: &DeltaStats) -> Result<()> {
-        let key = xxh64(pair.name.as_bytes(), 0);
-        let low_rank = lowrank::factor(self.engine, delta, stats.sumsq, key, &self.how)
-            .map_err(|source| located(pair, source))?;
-        let certificate =
-            lowrank::certify(self.engine, delta, stats, &low_rank).map_err(|source| located(pair, source))?;
-        self.keep(pair, &low_rank, &certificate)
-    }
-
-    fn products(&mut self, pair: &Pair, products: &[Factors]) -> Result<()> {
-        let terms = terms(products);
-        let low_rank =
-            lowrank::factor_factors(&terms, self.how.rank).map_err(|source| located(pair, source))?;
-        if low_rank.rank == 0 {
-            // Adapters that add nothing, or the same.
-            let (name, layer, shape) = (&pair.name, pair.role.layer(), &pair.aligned.shape);
-            return Ok(self.writer.class_only(name, layer, shape, Class::Unchanged, 0.0)?);
-        }
-        let certificate =
-            lowrank::certify_factors(&terms, &low_rank).map_err(|source| located(pair, source))?;
-        self.keep(pair, &low_rank, &certificate)
-    }
-
-    fn keep(&mut self, pair: &Pair, low_rank: &LowRank, certificate: &Certificate) -> Result<()> {
-        let Certificate { energy, residual, captured_upper_bound, noise_floor, zero_fraction } = *certificate;
-        self.totals.add(energy, residual, captured_upper_bound, noise_floor);
-        let (Role::Linear { layer }, Some(name)) = (pair.role, module_of(&pair.name)) else {
-            return Err(unsupported(&pair.aligned));
-        };
-        let mut extra = Map::new();
-        extra.insert("captured_upper_bound".to_owned(), json!(captured_upper_bound));
-        extra.insert("zero_fraction".to_owned(), json!(zero_fraction));
-        let module = Module {
-            name: name.to_owned(),
-            layer,
-            shape: [pair.aligned.shape[0], pair.aligned.shape[1]],
-            class: Class::LowRank,
-            rank: low_rank.rank,
-            energy,
-            residual,
-            noise_floor,
-            extra,
-        };
-        Ok(self.writer.low_rank(module, &low_rank.b, &low_rank.a)?)
-    }
-
-    /// An embedding or head: the rows that changed, unless all did.
-    fn rows(&mut self, pair: &Pair, delta: &E::Matrix, stats: &DeltaStats) -> Result<()> {
-        let Shape { rows: common, cols } = self.engine.shape(delta);
-        let dense = self.engine.read(delta).map_err(|source| at(pair, source))?;
-        let changed: Vec<usize> =
-            (0..common).filter(|&row| dense[row * cols..][..cols].iter().any(|&x| x != 0.0)).collect();
-        if changed.len() == common && pair.same_rows() {
-            return self.full(pair, &dense, stats);
-        }
-        let mut rows: Vec<u64> = changed.iter().map(|&row| row as u64).collect();
-        let mut values: Vec<f32> =
-            changed.iter().flat_map(|&row| dense[row * cols..][..cols].iter().copied()).collect();
-        let new_rows = self.sides.new_rows(pair)?;
-        let new_energy: f64 = new_rows.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
-        rows.extend((common..common + new_rows.len() / cols.max(1)).map(|row| row as u64));
-        values.extend(new_rows);
-        if rows.is_empty() {
-            // Only rows that the aligned side does not have: nothing to keep, but not the same either.
-            return self.left_out(pair, 0.0);
-        }
-        if !pair.same_rows() {
-            self.common_rows.insert(pair.name.clone(), json!(common));
-        }
-        let energy = stats.sumsq + new_energy;
-        let noise = if energy > 0.0 { noise_share(stats) * stats.sumsq / energy } else { 0.0 };
-        self.totals.add(energy, 0.0, 1.0, noise);
-        let shape = [pair.aligned.shape[0], pair.aligned.shape[1]];
-        Ok(self.writer.row_patch(&pair.name, None, shape, &rows, &values)?)
-    }
+    parts::remove_all(writer.partial())?;
+    let manifest = writer.finish(ManifestParts {
+        family: Family {
+            model_type: job.aligned.config().model_type.clone(),
+            fingerprint: gene::fingerprint_of(&job.aligned)?,
+            extra: Map::new(),
+        },
+        tool: env!("CARGO_PKG_VERSION").to_owned(),
+        options: work.options.clone(),
+        sources: Sources {
+            aligned: source(&job.aligned, &digests[0])?,
+            degraded: source(&job.degraded, &digests[1])?,
+            extra: Map::new(),
+        },
+        energy: totals.energy,
+        captured: totals.share(totals.energy - totals.missed),
+        captured_upper_bound: totals.share(totals.best),
+        noise_floor: totals.share(totals.noise),
+        extra,
+    })?;
+    Ok(report(&manifest, false, 0))
 }
 
-fn noise_share(stats: &DeltaStats) -> f64 {
-    if stats.sumsq > 0.0 { (stats.ulp_sumsq / 12.0 / stats.sumsq).min(1.0) } else { 0.0 }
+fn module(pair: &Pair, record: &Record) -> Result<Module> {
+    let (Role::Linear { layer }, Some(name)) = (pair.role, module_of(&pair.name)) else {
+        return Err(StreamError::NotLinear { tensor: pair.name.clone() });
+    };
+    let mut extra = Map::new();
+    extra.insert("captured_upper_bound".to_owned(), json!(record.best));
+    extra.insert("zero_fraction".to_owned(), json!(record.zeros));
+    Ok(Module {
+        name: name.to_owned(),
+        layer,
+        shape: [record.shape[0], record.shape[1]],
+        class: Class::LowRank,
+        rank: record.rank,
+        energy: record.energy,
+        residual: record.residual,
+        noise_floor: record.noise,
+        extra,
+    })
 }
 
-fn at(pair: &Pair, source: KernelError) -> StreamError {
-    StreamError::kernel(&pair.name, &pair.aligned.file, source)
-}
-
-fn located(pair: &Pair, source: LowRankError) -> StreamError {
-    StreamError::LowRank { tensor: pair.name.clone(), source }
-}
-
-fn options(how: &Factor) -> Map<String, Value> {
-    let Factor { rank, oversample, sweeps, kept, seed } = *how;
-    [("rank", rank), ("oversample", oversample), ("sweeps", sweeps), ("kept", kept)]
-        .map(|(key, value)| (key.to_owned(), json!(value)))
+/// Cuts all ranks to a budget, and certifies what was cut by a pass over its weights. Returns the factors of what was.
+fn cut_to_budget<E: Engine>(
+    engine: &E,
+    job: &Extract,
+    pairs: &[Pair],
+    records: &mut BTreeMap<String, (Record, Arc<File>)>,
+    budget_bytes: u64,
+) -> Result<BTreeMap<String, (Vec<f32>, Vec<f32>)>> {
+    let offers: Vec<budget::Offer<'_>> = records
+        .values()
+        .filter(|(record, _)| record.class == Class::LowRank)
+        .map(|(record, _)| budget::Offer {
+            name: &record.tensor,
+            bytes_per_rank: 4 * record.shape.iter().sum::<u64>(),
+            singular: &record.singular,
+        })
+        .collect();
+    let ranks: BTreeMap<String, usize> = budget::ranks(&offers, budget_bytes)
         .into_iter()
-        .chain([("seed".to_owned(), json!(seed))])
-        .collect()
+        .map(|(name, rank)| (name.to_owned(), rank))
+        .collect();
+    let sides = Sides::new(&job.aligned, &job.degraded)?;
+    let todo: Vec<&Pair> = pairs
+        .iter()
+        .filter(|pair| ranks.get(&pair.name).is_some_and(|&rank| rank < records[&pair.name].0.rank))
+        .collect();
+    let limits = Limits { memory_bytes: job.memory_bytes, readers: READERS, stop: &job.stop };
+    let mut shorter = BTreeMap::new();
+    let mut certified: Vec<(String, usize, Option<Certificate>)> = Vec::new();
+    let before = &*records;
+    flow(
+        &todo,
+        &limits,
+        |pair| pair.bytes().saturating_mul(2),
+        |pair| sides.read(pair),
+        |pair, difference| {
+            let (record, part) = &before[&pair.name];
+            let rank = ranks[&pair.name];
+            if rank == 0 {
+                return Ok((rank, None));
+            }
+            let low_rank = stored_factors(record, part)?.truncated(rank);
+            let certificate = match &difference {
+                Difference::Products(products, _) => lowrank::certify_factors(&terms(products), &low_rank),
+                Difference::Dense(both) => {
+                    let on = pair_on(engine, &pair.name, both)?;
+                    let elements = record.shape.iter().product();
+                    // The sums of the first pass; how many elements are equal is kept as a share.
+                    let stats = DeltaStats {
+                        sumsq: record.energy,
+                        ulp_sumsq: record.noise * record.energy * 12.0,
+                        max_abs: 0.0,
+                        nonzero: elements,
+                        elements,
+                    };
+                    lowrank::certify(engine, &on, &stats, &low_rank)
+                }
+            };
+            let at = |source| StreamError::LowRank { tensor: pair.name.clone(), source };
+            Ok((rank, Some((certificate.map_err(at)?, low_rank))))
+        },
+        |pair, (rank, found)| {
+            let certificate = found.map(|(certificate, low_rank)| {
+                shorter.insert(pair.name.clone(), (low_rank.b, low_rank.a));
+                certificate
+            });
+            certified.push((pair.name.clone(), rank, certificate));
+            Ok(())
+        },
+    )?;
+    for (name, rank, certificate) in certified {
+        let Some((record, _)) = records.get_mut(&name) else { continue };
+        record.rank = rank;
+        match certificate {
+            None => (record.class, record.residual, record.best) = (Class::LeftOut, 1.0, 0.0),
+            Some(found) => (record.residual, record.best) = (found.residual, found.captured_upper_bound),
+        }
+    }
+    Ok(shorter)
 }
 
-fn source(side: &Checkpoint) -> Result<Source> {
+/// The factors that a record names.
+fn stored_factors(record: &Record, part: &File) -> Result<LowRank> {
+    let read = |segments: &Segments| -> Result<Vec<f32>> {
+        let mut bytes = vec![0u8; segments.iter().map(|(_, bytes)| *bytes as usize).sum()];
+        read_parts(part, segments, &mut bytes)?;
+        Ok(bytes.as_chunks::<4>().0.iter().map(|x| f32::from_le_bytes(*x)).collect())
+    };
+    Ok(LowRank {
+        b: read(&record.b)?,
+        a: read(&record.a)?,
+        rows: record.shape[0] as usize,
+        cols: record.shape[1] as usize,
+        rank: record.rank,
+        singular: record.singular.clone(),
+        outside_sumsq: record.outside[0],
+        outside_norm_sq: record.outside[1],
+        best_sumsq_upper: 0.0,
+    })
+}
+
+fn read_parts(part: &File, segments: &Segments, out: &mut [u8]) -> Result<()> {
+    let mut at = 0;
+    for &(start, bytes) in segments {
+        let to = at + bytes as usize;
+        part.read_exact_at(&mut out[at..to], start).map_err(|source| CheckpointError::Io {
+            action: "read",
+            path: PathBuf::from("part file"),
+            source,
+        })?;
+        at = to;
+    }
+    Ok(())
+}
+
+fn options(job: &Extract) -> Map<String, Value> {
+    let Factor { oversample, blocks, seed, .. } = Factor::new(job.ranks.of_module(), job.seed);
+    let mut options = Map::new();
+    let mut put = |key: &str, value: Value| options.insert(key.to_owned(), value);
+    match job.ranks {
+        Ranks::Fixed(rank) => drop(put("rank", json!(rank))),
+        Ranks::Residual { share, max } => {
+            put("max_residual", json!(share));
+            put("rank_max", json!(max));
+        }
+        Ranks::Auto { max } => {
+            put("rank", json!("auto"));
+            put("rank_max", json!(max));
+        }
+        Ranks::Budget { bytes, max } => {
+            put("budget_bytes", json!(bytes));
+            put("rank_max", json!(max));
+        }
+    }
+    put("oversample", json!(oversample));
+    put("blocks", json!(blocks));
+    put("seed", json!(seed));
+    if !job.leave_out.is_empty() {
+        put("leave_out", json!(job.leave_out));
+    }
+    options
+}
+
+fn source(side: &Checkpoint, digests: &BTreeMap<String, u128>) -> Result<Source> {
     let dir = side.dir();
     let name = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
     let name = name.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    Ok(Source { name, revision: None, content: side.content()?, extra: Map::new() })
+    Ok(Source { name, revision: None, content: side.content_from(digests)?, extra: Map::new() })
 }
 
 /// The report of an output that is there already, if it is a gene of the same contents and options.
@@ -298,10 +941,10 @@ fn finished(job: &Extract, options: &Map<String, Value>, input_bytes: u64) -> Re
     let same = manifest.options == *options
         && manifest.sources.aligned.content == job.aligned.content()?
         && manifest.sources.degraded.content == job.degraded.content()?;
-    Ok(same.then(|| report(manifest, true, 0.0, input_bytes)))
+    Ok(same.then(|| report(manifest, true, input_bytes)))
 }
 
-fn report(manifest: &GeneManifest, already: bool, wall_s: f64, input_bytes: u64) -> ExtractReport {
+fn report(manifest: &GeneManifest, already: bool, input_bytes: u64) -> ExtractReport {
     ExtractReport {
         already,
         energy: manifest.energy,
@@ -310,7 +953,7 @@ fn report(manifest: &GeneManifest, already: bool, wall_s: f64, input_bytes: u64)
         noise_floor: manifest.noise_floor,
         classes: manifest.classes.clone(),
         modules: manifest.modules.clone(),
-        wall_s,
         input_bytes,
+        ..ExtractReport::nothing()
     }
 }

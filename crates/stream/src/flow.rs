@@ -206,11 +206,18 @@ mod tests {
         let items: Vec<u64> = (0..100).collect();
         let stop = AtomicBool::new(false);
         let mut kept = 0;
-        let result = flow(&items, &limits(1, &stop), |_| 1, |_| Ok(()), |_, ()| Ok(()), |&n, ()| {
-            kept += 1;
-            stop.store(n >= 10, Ordering::SeqCst);
-            Ok(())
-        });
+        let result = flow(
+            &items,
+            &limits(1, &stop),
+            |_| 1,
+            |_| Ok(()),
+            |_, ()| Ok(()),
+            |&n, ()| {
+                kept += 1;
+                stop.store(n >= 10, Ordering::SeqCst);
+                Ok(())
+            },
+        );
         assert!(matches!(result, Err(StreamError::Interrupted { done, of: 100 }) if done == kept));
         assert!((11..100).contains(&kept), "{kept}");
     }

@@ -8,6 +8,8 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use checkpoint::{Checkpoint, CheckpointError, FolderWriter};
@@ -16,6 +18,7 @@ use kernels::Engine;
 use serde::{Deserialize, Serialize};
 
 use crate::extract::COMMON_ROWS;
+use crate::flow::{Limits, Stages};
 use crate::merge::{Addition, Plan, merge};
 use crate::{Progress, Result, StreamError};
 
@@ -52,6 +55,10 @@ pub struct Fuse {
     pub drop_rest: bool,
     /// Whether an output that exists may be replaced.
     pub force: bool,
+    /// Bytes of weights and work under way.
+    pub memory_bytes: u64,
+    /// Set to stop after what is under way.
+    pub stop: Arc<AtomicBool>,
 }
 
 /// What was fused.
@@ -75,6 +82,8 @@ pub struct FuseReport {
     pub dropped: Vec<String>,
     /// Rows that the gene holds whole because the degraded side lacked them; they are never added.
     pub rows_not_added: u64,
+    /// Merged: what the stages did.
+    pub stages: Stages,
     /// How long it took.
     pub wall_s: f64,
 }
@@ -112,7 +121,7 @@ pub fn fuse<E: Engine>(engine: &E, job: &Fuse, progress: &dyn Progress) -> Resul
         if let Some(writer) = writer {
             report.already = false;
             record.result = match record.form.as_str() {
-                "merged" => write_merged(engine, job, &plan, &writer, progress)?,
+                "merged" => write_merged(engine, job, &plan, &writer, progress, &mut report.stages)?,
                 _ => write_adapter(job, &writer, progress)?,
             };
             let mut text = serde_json::to_vec_pretty(&record).unwrap_or_default();
@@ -203,8 +212,11 @@ fn write_merged<E: Engine>(
     plan: &GenePlan<'_>,
     writer: &FolderWriter,
     progress: &dyn Progress,
+    stages: &mut Stages,
 ) -> Result<Outcome> {
-    let merged = merge(engine, &job.target, plan, writer, progress)?;
+    let limits = Limits { memory_bytes: job.memory_bytes, readers: 1, stop: &job.stop };
+    let (merged, found) = merge(engine, &job.target, plan, writer, &limits, progress)?;
+    *stages = found;
     if merged.elements_changed == 0 && !plan.all_zero {
         return Err(nothing_changed(job));
     }
@@ -320,6 +332,10 @@ fn check_entry(gene: &Gene, entry: &RestEntry, target: &Checkpoint) -> Result<u6
 }
 
 impl Plan for GenePlan<'_> {
+    fn changes(&self, unit: &str) -> bool {
+        self.modules.contains_key(unit) || self.rest.contains_key(unit)
+    }
+
     fn addition(&self, tensor: &str) -> Result<Option<Addition>> {
         if let Some((module, c)) = self.modules.get(tensor) {
             return Ok(Some(Addition::Product(*c, self.gene.factors(module)?)));

@@ -1,14 +1,17 @@
 //! The tensors of two checkpoints side by side, from their headers alone.
 //!
-//! Everything that headers can show to be wrong is refused here, before an output is begun: another architecture, a
-//! tensor on one side only, shapes that differ, number formats that cannot be subtracted. An embedding or head may
-//! differ in its row count.
+//! Both are brought to the canonical space first, so a fused and an unfused layout of one model pair up. Everything that
+//! headers can show to be wrong is refused here, before an output is begun: another architecture, a tensor on one side
+//! only, shapes that differ, number formats that cannot be subtracted. An embedding or head may differ in its row count.
 //!
 //! Not here: values.
 
-use checkpoint::{Checkpoint, Role, TensorInfo, role};
+use std::path::PathBuf;
+
+use checkpoint::{Checkpoint, Role, Unit};
 use kernels::{Dtype, Shape};
 
+use crate::parts::Worker;
 use crate::{Result, StreamError};
 
 /// One tensor of both checkpoints.
@@ -16,8 +19,11 @@ use crate::{Result, StreamError};
 pub(crate) struct Pair {
     pub(crate) name: String,
     pub(crate) role: Role,
-    pub(crate) aligned: TensorInfo,
-    pub(crate) degraded: TensorInfo,
+    pub(crate) aligned: Unit,
+    pub(crate) degraded: Unit,
+    pub(crate) aligned_file: PathBuf,
+    /// Where the aligned side begins in its file.
+    offset: u64,
 }
 
 impl Pair {
@@ -28,8 +34,13 @@ impl Pair {
 
     /// Bytes of both sides.
     pub(crate) fn bytes(&self) -> u64 {
-        self.aligned.bytes.saturating_add(self.degraded.bytes)
+        bytes(&self.aligned).saturating_add(bytes(&self.degraded))
     }
+}
+
+/// Bytes of a unit.
+pub(crate) fn bytes(unit: &Unit) -> u64 {
+    unit.dtype.bytes_of(&unit.shape).unwrap_or(0)
 }
 
 /// Pairs the tensors of two checkpoints by name, sorted.
@@ -43,50 +54,82 @@ pub(crate) fn pairs(aligned: &Checkpoint, degraded: &Checkpoint) -> Result<Vec<P
             degraded_kind: format!("{} with {} layers", checkpoint::printable(&d.model_type), d.layers),
         });
     }
-    one_sided(aligned, degraded)?;
-    one_sided(degraded, aligned)?;
-    let mut pairs = Vec::with_capacity(aligned.tensors().len());
-    for info in aligned.tensors() {
-        let Some(other) = degraded.shards().get(&info.name) else { continue };
-        pairs.push(pair(info, other)?);
-    }
-    Ok(pairs)
+    let (aligned_units, degraded_units) = (aligned.units()?, degraded.units()?);
+    one_sided((aligned, &aligned_units), (degraded, &degraded_units))?;
+    one_sided((degraded, &degraded_units), (aligned, &aligned_units))?;
+    // Both are sorted by name and have the same names.
+    let both = aligned_units.into_iter().zip(degraded_units);
+    both.map(|(a, d)| pair(aligned, degraded, a, d)).collect()
 }
 
-fn one_sided(holder: &Checkpoint, other: &Checkpoint) -> Result<()> {
-    match holder.tensors().iter().find(|info| other.shards().get(&info.name).is_none()) {
+/// The order of the aligned files, in which a worker's share is one run.
+pub(crate) fn in_file_order(mut pairs: Vec<&Pair>) -> Vec<&Pair> {
+    pairs.sort_by(|a, b| (&a.aligned_file, a.offset, &a.name).cmp(&(&b.aligned_file, b.offset, &b.name)));
+    pairs
+}
+
+/// One worker's share of pairs in file order: runs of about the same bytes.
+pub(crate) fn share_of(pairs: Vec<&Pair>, worker: Worker) -> Vec<&Pair> {
+    // A tensor costs something even if it is empty.
+    let cost = |pair: &Pair| u128::from(pair.bytes()) + 4096;
+    let total: u128 = pairs.iter().map(|pair| cost(pair)).sum();
+    let mut before = 0u128;
+    pairs
+        .into_iter()
+        .filter(|pair| {
+            let middle = 2 * before + cost(pair);
+            before += cost(pair);
+            let bin = middle * u128::from(worker.of) / (2 * total.max(1));
+            bin.min(u128::from(worker.of) - 1) == u128::from(worker.index) - 1
+        })
+        .collect()
+}
+
+fn one_sided(holder: (&Checkpoint, &[Unit]), other: (&Checkpoint, &[Unit])) -> Result<()> {
+    let has = |unit: &&Unit| other.1.binary_search_by(|found| found.name.cmp(&unit.name)).is_ok();
+    match holder.1.iter().find(|unit| !has(unit)) {
         None => Ok(()),
-        Some(info) => Err(StreamError::OneSided {
-            tensor: info.name.clone(),
-            file: info.file.clone(),
-            missing_from: other.dir().to_path_buf(),
+        Some(unit) => Err(StreamError::OneSided {
+            tensor: unit.name.clone(),
+            file: file_of(holder.0, unit),
+            missing_from: other.0.dir().to_path_buf(),
         }),
     }
 }
 
-fn pair(aligned: &TensorInfo, degraded: &TensorInfo) -> Result<Pair> {
-    let role = role(&aligned.name, &aligned.shape);
+/// The file that a unit's values lie in.
+pub(crate) fn file_of(side: &Checkpoint, unit: &Unit) -> PathBuf {
+    let saved = side.adapter().and_then(|adapter| adapter.saved().get(&unit.tensor));
+    let info = saved.or_else(|| side.shards().get(&unit.tensor));
+    info.map_or_else(|| side.dir().to_path_buf(), |info| info.file.clone())
+}
+
+fn pair(a_side: &Checkpoint, d_side: &Checkpoint, aligned: Unit, degraded: Unit) -> Result<Pair> {
+    let role = aligned.role;
     let rows_may_differ = matches!(role, Role::Embedding | Role::Head)
         && aligned.shape.len() == 2
         && degraded.shape.len() == 2
         && aligned.shape[1] == degraded.shape[1];
+    let aligned_file = file_of(a_side, &aligned);
     if aligned.shape != degraded.shape && !rows_may_differ {
         return Err(StreamError::OtherShape {
             tensor: aligned.name.clone(),
             aligned: aligned.shape.clone(),
-            aligned_file: aligned.file.clone(),
+            aligned_file,
             degraded: degraded.shape.clone(),
-            degraded_file: degraded.file.clone(),
+            degraded_file: file_of(d_side, &degraded),
         });
     }
     if role != Role::Buffer {
-        for info in [aligned, degraded] {
-            if float(info.dtype).is_none() && (narrow(info.dtype) || aligned.dtype != degraded.dtype) {
-                return Err(unsupported(info));
+        for (side, unit) in [(a_side, &aligned), (d_side, &degraded)] {
+            if float(unit.dtype).is_none() && (narrow(unit.dtype) || aligned.dtype != degraded.dtype) {
+                return Err(unsupported(side, unit));
             }
         }
     }
-    Ok(Pair { name: aligned.name.clone(), role, aligned: aligned.clone(), degraded: degraded.clone() })
+    let offset = a_side.shards().get(&aligned.tensor).map_or(0, |info| info.offset)
+        + aligned.slice.start * aligned.dtype.bits() / 8;
+    Ok(Pair { name: aligned.name.clone(), role, aligned, degraded, aligned_file, offset })
 }
 
 /// Formats whose values mean nothing without another tensor's scales, even where both sides are equal.
@@ -94,8 +137,8 @@ fn narrow(dtype: checkpoint::Dtype) -> bool {
     dtype.name().starts_with(['F', 'C']) && float(dtype).is_none()
 }
 
-pub(crate) fn unsupported(info: &TensorInfo) -> StreamError {
-    StreamError::UnsupportedDtype { tensor: info.name.clone(), file: info.file.clone(), dtype: info.dtype }
+pub(crate) fn unsupported(side: &Checkpoint, unit: &Unit) -> StreamError {
+    StreamError::UnsupportedDtype { tensor: unit.name.clone(), file: file_of(side, unit), dtype: unit.dtype }
 }
 
 /// The engine's number format of a stored dtype, if it computes with it.
@@ -105,18 +148,15 @@ pub(crate) fn float(dtype: checkpoint::Dtype) -> Option<Dtype> {
         checkpoint::Dtype::F32 => Some(Dtype::F32),
         checkpoint::Dtype::F16 => Some(Dtype::F16),
         checkpoint::Dtype::Bf16 => Some(Dtype::Bf16),
+        checkpoint::Dtype::F8E4M3 => Some(Dtype::F8E4M3),
+        checkpoint::Dtype::F8E5M2 => Some(Dtype::F8E5M2),
         _ => None,
     }
 }
 
-/// A tensor as a matrix: the last side is the columns, a vector is one row.
-pub(crate) fn matrix_shape(shape: &[u64]) -> Shape {
-    // Shapes were checked against byte ranges that were read, so the products fit.
-    let side = |sides: &[u64]| sides.iter().fold(1usize, |n, &side| n.saturating_mul(side as usize));
-    match shape.split_last() {
-        Some((cols, rows)) => Shape { rows: side(rows), cols: *cols as usize },
-        None => Shape { rows: 1, cols: 1 },
-    }
+/// A unit as it is read: rows of all but the first side.
+pub(crate) fn unit_shape(unit: &Unit) -> Shape {
+    Shape { rows: unit.rows() as usize, cols: unit.cols() as usize }
 }
 
 #[cfg(test)]
@@ -124,19 +164,50 @@ mod tests {
     use super::*;
 
     #[test]
-    fn matrix_shape_of_any_number_of_sides() {
-        let cases: [(&[u64], usize, usize); 5] =
-            [(&[], 1, 1), (&[5], 1, 5), (&[2, 3], 2, 3), (&[2, 3, 4], 6, 4), (&[0, 3], 0, 3)];
-        for (shape, rows, cols) in cases {
-            assert_eq!(matrix_shape(shape), Shape { rows, cols }, "{shape:?}");
+    fn formats_without_a_reading_are_narrow() {
+        for dtype in checkpoint::Dtype::ALL {
+            let read = ["F8_E4M3", "F8_E5M2"].contains(&dtype.name());
+            let want =
+                ["C64", "F4", "F6_", "F8_"].iter().any(|start| dtype.name().starts_with(start)) && !read;
+            assert_eq!(narrow(*dtype), want, "{dtype}");
+        }
+    }
+
+    fn pair_of(name: &str, cols: u64) -> Pair {
+        let unit = Unit {
+            name: name.to_owned(),
+            shape: vec![1, cols],
+            role: Role::Outside,
+            tensor: name.to_owned(),
+            dtype: checkpoint::Dtype::Bf16,
+            slice: checkpoint::Slice { start: 0, row_stride: cols, col_stride: 1 },
+            scale: None,
+        };
+        Pair {
+            name: name.to_owned(),
+            role: Role::Outside,
+            aligned: unit.clone(),
+            degraded: unit,
+            aligned_file: PathBuf::new(),
+            offset: 0,
         }
     }
 
     #[test]
-    fn formats_that_need_scales_are_narrow() {
-        for dtype in checkpoint::Dtype::ALL {
-            let want = ["C64", "F4", "F6_", "F8_"].iter().any(|start| dtype.name().starts_with(start));
-            assert_eq!(narrow(*dtype), want, "{dtype}");
+    fn shares_of_any_number_of_workers_are_all_pairs_once() {
+        let pairs: Vec<Pair> =
+            (0..23u64).map(|i| pair_of(&format!("t{i:02}"), (i * i * 5000) % 70_000)).collect();
+        let largest: u64 = pairs.iter().map(|pair| pair.bytes() + 4096).max().unwrap();
+        let total: u64 = pairs.iter().map(|pair| pair.bytes() + 4096).sum();
+        for of in [1, 2, 3, 7, 40] {
+            let mut names = Vec::new();
+            for index in 1..=of {
+                let share = share_of(in_file_order(pairs.iter().collect()), Worker { index, of });
+                let cost: u64 = share.iter().map(|pair| pair.bytes() + 4096).sum();
+                assert!(cost <= total / u64::from(of) + largest, "worker {index} of {of}: {cost}");
+                names.extend(share.iter().map(|pair| pair.name.clone()));
+            }
+            assert_eq!(names, pairs.iter().map(|pair| pair.name.clone()).collect::<Vec<_>>(), "{of}");
         }
     }
 }

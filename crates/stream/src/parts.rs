@@ -10,7 +10,8 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use checkpoint::CheckpointError;
 use serde::de::DeserializeOwned;
@@ -42,21 +43,31 @@ impl Worker {
 
 /// A journal being written.
 pub(crate) struct Log {
-    part: Mutex<(Arc<File>, u64)>,
-    part_path: PathBuf,
+    values: Values,
     journal: File,
     journal_path: PathBuf,
+}
+
+/// The part file of a journal being written, for any thread.
+#[derive(Clone)]
+pub(crate) struct Values {
+    part: Arc<File>,
+    end: Arc<AtomicU64>,
+    path: PathBuf,
+}
+
+impl Values {
+    /// Writes values; they count once a line names them.
+    pub(crate) fn write(&self, bytes: &[u8]) -> Result<(u64, u64)> {
+        let start = self.end.fetch_add(bytes.len() as u64, Ordering::SeqCst);
+        self.part.write_all_at(bytes, start).map_err(write_error(&self.path))?;
+        Ok((start, bytes.len() as u64))
+    }
 }
 
 fn write_error(path: &Path) -> impl Fn(std::io::Error) -> StreamError {
     let path = path.to_path_buf();
     move |source| CheckpointError::Io { action: "write", path: path.clone(), source }.into()
-}
-
-#[derive(Serialize, Deserialize)]
-struct Line<T> {
-    record: T,
-    check: String,
 }
 
 fn line<T: Serialize>(record: &T) -> String {
@@ -92,25 +103,20 @@ impl Log {
             Some((same, records, valid_bytes)) if same == *work => (records, valid_bytes),
             _ => (Vec::new(), 0),
         };
-        let end = records.iter().flat_map(Placed::segments).map(|(start, bytes)| start + bytes).max().unwrap_or(0);
+        let end =
+            records.iter().flat_map(Placed::segments).map(|(start, bytes)| start + bytes).max().unwrap_or(0);
         journal.set_len(valid_bytes).map_err(write_error(&journal_path))?;
         part.set_len(end).map_err(write_error(&part_path))?;
         if valid_bytes == 0 {
             journal.write_all(line(work).as_bytes()).map_err(write_error(&journal_path))?;
         }
-        Ok((Log { part: Mutex::new((Arc::new(part), end)), part_path, journal, journal_path }, records))
+        let values = Values { part: Arc::new(part), end: Arc::new(AtomicU64::new(end)), path: part_path };
+        Ok((Log { values, journal, journal_path }, records))
     }
 
-    /// Writes values; they count once a line names them.
-    pub(crate) fn values(&self, bytes: &[u8]) -> Result<(u64, u64)> {
-        let (file, start) = {
-            let mut part = self.part.lock().unwrap_or_else(PoisonError::into_inner);
-            let start = part.1;
-            part.1 += bytes.len() as u64;
-            (part.0.clone(), start)
-        };
-        file.write_all_at(bytes, start).map_err(write_error(&self.part_path))?;
-        Ok((start, bytes.len() as u64))
+    /// The part file.
+    pub(crate) fn share(&self) -> Values {
+        self.values.clone()
     }
 
     /// Writes the line of a finished tensor.
@@ -120,8 +126,7 @@ impl Log {
 
     /// Puts everything on the disk.
     pub(crate) fn sync(&mut self) -> Result<()> {
-        let part = self.part.lock().unwrap_or_else(PoisonError::into_inner).0.clone();
-        part.sync_all().map_err(write_error(&self.part_path))?;
+        self.values.part.sync_all().map_err(write_error(&self.values.path))?;
         self.journal.sync_all().map_err(write_error(&self.journal_path))
     }
 }
@@ -234,7 +239,7 @@ mod tests {
     fn write(dir: &Path, work: &str, names: &[&str]) -> Vec<Record> {
         let (mut log, found) = Log::open::<String, Record>(dir, Worker::ALL, &work.to_owned()).unwrap();
         for name in names {
-            let at = log.values(name.as_bytes()).unwrap();
+            let at = log.share().write(name.as_bytes()).unwrap();
             log.finished(&Record((*name).to_owned(), vec![at])).unwrap();
         }
         log.sync().unwrap();

@@ -80,7 +80,7 @@ impl Bench {
         ManifestParts {
             family: Family {
                 model_type: "qwen2".into(),
-                fingerprint: fingerprint_of(&self.model()),
+                fingerprint: fingerprint_of(&self.model()).unwrap(),
                 extra: Map::new(),
             },
             tool: "0.1.0".into(),

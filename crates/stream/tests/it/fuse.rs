@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use checkpoint::{CheckpointError, Dtype};
 use gene::{Gene, GeneError};
 use kernels::CpuEngine;
-use stream::{Extract, Form, Fuse, FuseReport, NoProgress, StreamError, extract, fuse};
+use stream::{Extract, Form, Fuse, FuseReport, NoProgress, Ranks, StreamError, extract, fuse};
 use tempfile::{TempDir, tempdir};
 
 use crate::folders::{
@@ -29,14 +30,7 @@ fn setup(aligned: Tensors, degraded: Tensors, rank: usize) -> Setup {
     let a = save(&dir.path().join("a"), &aligned, Dtype::Bf16);
     let target = save_sharded(&dir.path().join("d"), &degraded, Dtype::Bf16);
     let gene = dir.path().join("gene");
-    let job = Extract {
-        aligned: open(&a),
-        degraded: open(&target),
-        rank,
-        out: gene.clone(),
-        force: false,
-        seed: 1,
-    };
+    let job = Extract { seed: 1, ..Extract::new(open(&a), open(&target), Ranks::Fixed(rank), &gene) };
     extract(&CpuEngine::new(), &job, &NoProgress).unwrap();
     Setup { dir, aligned, degraded, target, gene }
 }
@@ -57,6 +51,8 @@ impl Setup {
             outside: None,
             drop_rest: false,
             force: false,
+            memory_bytes: 1 << 30,
+            stop: Arc::default(),
         }
     }
 

@@ -1,0 +1,70 @@
+//! What several workers left beside an output, put together.
+//!
+//! The journals say what the work is, so nothing but the output's name is needed. All tensors have to be there; an output
+//! that was made before is left as it is.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use checkpoint::{Checkpoint, PartialFolder};
+use kernels::Engine;
+use serde_json::Value;
+
+use crate::extract::{Input, Ranks, Work, make};
+use crate::pairing::pairs;
+use crate::parts::{self, Placed, Segments, Worker};
+use crate::{Extract, ExtractReport, Result, StreamError};
+
+/// A record of which only the work around it matters.
+#[derive(serde::Deserialize)]
+struct Any {}
+
+impl Placed for Any {
+    fn segments(&self) -> Segments {
+        Vec::new()
+    }
+}
+
+/// Makes the gene at `out` from the workers' parts.
+pub fn assemble<E: Engine>(engine: &E, out: &Path, memory_bytes: u64, force: bool) -> Result<ExtractReport> {
+    let nothing = || StreamError::NoWork { out: out.to_path_buf() };
+    let partial = PartialFolder::find(out)?.ok_or_else(nothing)?;
+    let (work, _) = parts::read_all::<Work, Any>(&partial)?.ok_or_else(nothing)?;
+    let open = |input: &Input| -> Result<Arc<Checkpoint>> {
+        let base = (input.base != input.dir).then_some(input.base.as_path());
+        Ok(Arc::new(Checkpoint::open(&input.dir, base)?))
+    };
+    let (aligned, degraded) = (open(&work.aligned)?, open(&work.degraded)?);
+    let job = Extract {
+        aligned,
+        degraded,
+        ranks: ranks(&work).ok_or_else(nothing)?,
+        out: out.to_path_buf(),
+        force,
+        seed: work.options.get("seed").and_then(Value::as_u64).unwrap_or(0),
+        leave_out: Vec::new(),
+        memory_bytes,
+        worker: Worker::ALL,
+        stop: Arc::default(),
+    };
+    let now = Work { aligned: Input::of(&job.aligned)?, degraded: Input::of(&job.degraded)?, ..work.clone() };
+    if now != work {
+        return Err(StreamError::OtherWork { journal: partial });
+    }
+    make(engine, &job, &work, &pairs(&job.aligned, &job.degraded)?)
+}
+
+fn ranks(work: &Work) -> Option<Ranks> {
+    let number = |key: &str| work.options.get(key).and_then(Value::as_u64);
+    let max = number("rank_max").unwrap_or(0) as usize;
+    if let Some(bytes) = number("budget_bytes") {
+        return Some(Ranks::Budget { bytes, max });
+    }
+    if let Some(share) = work.options.get("max_residual").and_then(Value::as_f64) {
+        return Some(Ranks::Residual { share, max });
+    }
+    match work.options.get("rank")? {
+        Value::String(_) => Some(Ranks::Auto { max }),
+        rank => rank.as_u64().map(|rank| Ranks::Fixed(rank as usize)),
+    }
+}

@@ -1,0 +1,166 @@
+//! A gene held against the checkpoints it came from.
+//!
+//! Contents, the class of every tensor, energies and residuals are computed again from the files, and compared with what
+//! `gene.json` says. Nothing is taken from the gene but its values.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use checkpoint::{Checkpoint, module_of};
+use gene::{Class, Gene, RestDelta};
+use kernels::{Engine, Shape};
+
+use crate::difference::{Difference, Sides, pair_on, terms};
+use crate::flow::{Limits, flow};
+use crate::pairing::{Pair, float, pairs};
+use crate::{Progress, Result, StreamError};
+
+/// Sums are f64 in a fixed order, so the same machine gives the same bits; another vector width another order.
+const TOLERANCE: f64 = 1e-9;
+
+/// What does not agree.
+#[derive(Debug, Clone, Default)]
+pub struct VerifyReport {
+    /// Tensors looked at.
+    pub tensors: u64,
+    /// Modules whose residual was computed again.
+    pub modules: u64,
+    /// One line for each thing that does not agree, sorted.
+    pub faults: Vec<String>,
+}
+
+/// Computes everything that `gene.json` says about a pair of checkpoints again.
+pub fn verify<E: Engine>(
+    engine: &E,
+    gene: &Gene,
+    aligned: &Arc<Checkpoint>,
+    degraded: &Arc<Checkpoint>,
+    memory_bytes: u64,
+    progress: &dyn Progress,
+) -> Result<VerifyReport> {
+    let pairs = pairs(aligned, degraded)?;
+    let manifest = gene.manifest();
+    let mut faults = BTreeSet::new();
+    for (name, side, said) in [
+        ("aligned", aligned, &manifest.sources.aligned.content),
+        ("degraded", degraded, &manifest.sources.degraded.content),
+    ] {
+        if side.content()? != *said {
+            faults.insert(format!("{name}: the content is not the one that the gene came from"));
+        }
+    }
+    let rest: BTreeMap<&str, _> = gene.rest().iter().map(|entry| (entry.name.as_str(), entry)).collect();
+    let sides = Sides::new(aligned, degraded)?;
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let limits = Limits { memory_bytes, readers: 2, stop: &stop };
+    progress.stage("verifying", pairs.iter().map(Pair::bytes).sum());
+    let mut modules = 0;
+    let compared: Vec<&Pair> =
+        pairs.iter().filter(|pair| pair.same_rows() && float(pair.aligned.dtype).is_some()).collect();
+    flow(
+        &compared,
+        &limits,
+        |pair| pair.bytes().saturating_mul(2),
+        |pair| sides.read(pair),
+        |pair, difference| {
+            let module = module_of(&pair.name).and_then(|name| gene.module(name));
+            let entry = rest.get(pair.name.as_str());
+            let class = module.map(|m| m.class).or(entry.map(|e| e.class)).unwrap_or_default();
+            let said = module.map(|m| (m.energy, m.residual)).or(entry.map(|e| (e.energy, 0.0)));
+            let (energy_said, residual_said) = said.unwrap_or_default();
+            let mut found = Vec::new();
+            let at = |source| StreamError::LowRank { tensor: pair.name.clone(), source };
+            let (energy, residual) = match &difference {
+                Difference::Products(products, _) if products.is_empty() => (0.0, None),
+                Difference::Products(products, _) if class == Class::LowRank => {
+                    let name = module_of(&pair.name).unwrap_or(&pair.name);
+                    let stored = low_rank(gene, name)?;
+                    let certificate = lowrank::certify_factors(&terms(products), &stored).map_err(at)?;
+                    (certificate.energy, Some(certificate.residual))
+                }
+                Difference::Products(..) => (energy_said, None),
+                Difference::Dense(both) => {
+                    let on = pair_on(engine, &pair.name, both)?;
+                    let kernel = |source| crate::difference::located(&pair.name, both, source);
+                    let stats = engine.stats(&on).map_err(kernel)?;
+                    let residual = match class {
+                        Class::LowRank => {
+                            let name = module_of(&pair.name).unwrap_or(&pair.name);
+                            let stored = low_rank(gene, name)?;
+                            Some(lowrank::certify(engine, &on, &stats, &stored).map_err(at)?.residual)
+                        }
+                        Class::Full | Class::RowPatch => {
+                            let (delta, _) = engine.delta(&on).map_err(kernel)?;
+                            if !holds(gene, &pair.name, &engine.read(&delta).map_err(kernel)?)? {
+                                found.push(format!(
+                                    "`{}`: the difference kept is not that of the files",
+                                    pair.name
+                                ));
+                            }
+                            None
+                        }
+                        _ => None,
+                    };
+                    (stats.sumsq, residual)
+                }
+            };
+            let off = |said: f64, is: f64| (said - is).abs() > TOLERANCE * is.abs().max(f64::MIN_POSITIVE);
+            if off(energy_said, energy) {
+                found.push(format!("`{}`: energy is {energy:e}, the gene says {energy_said:e}", pair.name));
+            }
+            if let Some(residual) = residual.filter(|&is| off(residual_said, is)) {
+                found.push(format!("`{}`: residual is {residual}, the gene says {residual_said}", pair.name));
+            }
+            Ok((residual.is_some(), found))
+        },
+        |pair, (was_module, found)| {
+            modules += u64::from(was_module);
+            faults.extend(found);
+            progress.advance(pair.bytes(), &pair.name);
+            Ok(())
+        },
+    )?;
+    for module in gene.modules() {
+        let name = format!("{}.weight", module.name);
+        if pairs.binary_search_by(|pair| pair.name.as_str().cmp(&name)).is_err() {
+            faults.insert(format!("`{name}`: it is in the gene and not in the files"));
+        }
+    }
+    Ok(VerifyReport { tensors: pairs.len() as u64, modules, faults: faults.into_iter().collect() })
+}
+
+fn low_rank(gene: &Gene, module: &str) -> Result<lowrank::LowRank> {
+    let factors = gene.factors(module)?;
+    Ok(lowrank::LowRank {
+        b: factors.b,
+        a: factors.a,
+        rows: factors.rows,
+        cols: factors.cols,
+        rank: factors.rank,
+        singular: Vec::new(),
+        outside_sumsq: 0.0,
+        outside_norm_sq: 0.0,
+        best_sumsq_upper: 0.0,
+    })
+}
+
+/// Whether the gene's exact difference of a tensor is this one, bit for bit.
+fn holds(gene: &Gene, name: &str, delta: &[f32]) -> Result<bool> {
+    let same =
+        |a: &[f32], b: &[f32]| a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+    Ok(match gene.rest_delta(name)? {
+        RestDelta::Full(kept) => same(&kept, delta),
+        RestDelta::Rows { rows, delta: kept } => {
+            let cols = kept.len() / rows.len().max(1);
+            let shape = Shape { rows: delta.len() / cols.max(1), cols };
+            let listed: BTreeMap<u64, &[f32]> = rows.iter().copied().zip(kept.chunks(cols.max(1))).collect();
+            (0..shape.rows).all(|row| {
+                let line = &delta[row * cols..][..cols];
+                match listed.get(&(row as u64)) {
+                    Some(kept) => same(kept, line),
+                    None => line.iter().all(|&x| x == 0.0),
+                }
+            })
+        }
+    })
+}
