@@ -13,8 +13,152 @@ pub(crate) struct Args {
     /// Threads; 0 means one for each core.
     #[arg(long, global = true, default_value_t = 0, value_name = "N")]
     pub(crate) threads: usize,
+    /// Memory for weights under way: bytes, or with K, M, G [default: a quarter of the machine's, at most 4G].
+    #[arg(long, global = true, value_name = "SIZE", value_parser = size)]
+    pub(crate) memory_budget: Option<u64>,
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+/// A number of bytes, `512M`.
+fn size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let unit = match text[digits.len()..].trim_end_matches("iB").trim_end_matches('B') {
+        "" => 1,
+        "K" | "k" => 1 << 10,
+        "M" => 1 << 20,
+        "G" => 1 << 30,
+        "T" => 1u64 << 40,
+        _ => return Err("write bytes, or a number with K, M, G or T".into()),
+    };
+    let bytes =
+        digits.parse::<u64>().ok().and_then(|n| n.checked_mul(unit)).ok_or("no such number of bytes")?;
+    if bytes < 64 << 20 { Err("64M is the least that anything can be done with".into()) } else { Ok(bytes) }
+}
+
+/// `3/8`.
+fn worker(text: &str) -> Result<stream::Worker, String> {
+    let (index, of) = text.split_once('/').ok_or("write it as I/N, counted from 1")?;
+    let number = |text: &str| text.parse::<u32>().map_err(|_| format!("`{text}` is no number"));
+    let worker = stream::Worker { index: number(index)?, of: number(of)? };
+    if (1..=worker.of).contains(&worker.index) { Ok(worker) } else { Err("I is between 1 and N".into()) }
+}
+
+/// `16` or `auto`.
+fn rank(text: &str) -> Result<RankArg, String> {
+    match text {
+        "auto" => Ok(RankArg::Auto),
+        n => match n.parse::<usize>() {
+            Ok(n @ 1..=4096) => Ok(RankArg::Fixed(n)),
+            _ => Err("write a number from 1 to 4096, or auto".into()),
+        },
+    }
+}
+
+/// What `--rank` says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RankArg {
+    Fixed(usize),
+    Auto,
+}
+
+/// Which ranks; exactly one of the first three.
+#[derive(Debug, Clone, Group)]
+pub(crate) struct RankGroup {
+    /// Rank of every module's factors (less where the difference has less), or `auto`: for each module what stands
+    /// above the noise of rounding.
+    #[arg(long, value_name = "N|auto", value_parser = rank, required_unless_present_any = ["max_residual", "budget_mb"],
+        conflicts_with_all = ["max_residual", "budget_mb"])]
+    rank: Option<RankArg>,
+    /// For each module the smallest rank that leaves at most this share of its squared difference.
+    #[arg(long, value_name = "X", conflicts_with = "budget_mb")]
+    max_residual: Option<f64>,
+    /// Ranks that leave least of the whole difference in this many megabytes (10^6) of f32 factors.
+    #[arg(long, value_name = "N")]
+    budget_mb: Option<f64>,
+    /// Largest rank of a module where the rank is chosen.
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    rank_max: u32,
+}
+
+impl RankGroup {
+    pub(crate) fn ranks(&self) -> Result<stream::Ranks, String> {
+        let max = self.rank_max as usize;
+        Ok(match (self.rank, self.max_residual, self.budget_mb) {
+            (Some(RankArg::Fixed(rank)), ..) => stream::Ranks::Fixed(rank),
+            (_, Some(share), _) if share > 0.0 && share < 1.0 => stream::Ranks::Residual { share, max },
+            (_, Some(share), _) => return Err(format!("--max-residual {share} is not between 0 and 1")),
+            (.., Some(mb)) if mb.is_finite() && mb > 0.0 => {
+                stream::Ranks::Budget { bytes: (mb * 1e6) as u64, max }
+            }
+            (.., Some(mb)) => return Err(format!("--budget-mb {mb} is not above 0")),
+            _ => stream::Ranks::Auto { max },
+        })
+    }
+}
+
+/// Loaders that an adapter may be meant for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Profile {
+    Peft,
+    Vllm,
+    #[value(name = "llama.cpp")]
+    LlamaCpp,
+    Universal,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct Plan {
+    /// Folder of the aligned model, or of an adapter.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) aligned: PathBuf,
+    /// Folder of the degraded model, or of an adapter.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) degraded: PathBuf,
+    /// Base of sides that are adapters [default: what adapter_config.json names].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) base: Option<PathBuf>,
+    /// Largest rank that the forecast counts with.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) rank: u32,
+    /// Loader that the gene is meant for.
+    #[arg(long, value_name = "LOADER", default_value = "peft")]
+    pub(crate) profile: Profile,
+    /// Line-wise JSON on stdout: a line for each tensor, then a summary.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct Verify {
+    /// The gene's folder.
+    #[arg(long, value_name = "GENE")]
+    pub(crate) gene: PathBuf,
+    /// Folder of the aligned model: computes contents, energies and residuals again.
+    #[arg(long, value_name = "DIR", requires = "degraded")]
+    pub(crate) aligned: Option<PathBuf>,
+    /// Folder of the degraded model.
+    #[arg(long, value_name = "DIR", requires = "aligned")]
+    pub(crate) degraded: Option<PathBuf>,
+    /// Base of sides that are adapters [default: what adapter_config.json names].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) base: Option<PathBuf>,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct Assemble {
+    /// The output that workers were given.
+    #[arg(value_name = "OUT")]
+    pub(crate) out: PathBuf,
+    /// Replace an output that exists.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Line-wise JSON on stdout: a line for each module, then a summary.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// What to do.
@@ -22,6 +166,12 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Compress the difference of an aligned and a degraded checkpoint into a gene.
     Extract(Extract),
+    /// Pair all tensors from headers alone: classes, layout differences, a forecast.
+    Plan(Plan),
+    /// Put the shares of several workers together.
+    Assemble(Assemble),
+    /// Compute what a gene says about itself again.
+    Verify(Verify),
     /// Show what a gene holds.
     Inspect(Inspect),
     /// Find the coefficients that a target needs, from a few examples.
@@ -48,9 +198,14 @@ pub(crate) struct Extract {
     /// Base of sides that are adapters [default: what adapter_config.json names].
     #[arg(long, value_name = "DIR")]
     pub(crate) base: Option<PathBuf>,
-    /// Rank of every module's factors (less where the difference has less).
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
-    pub(crate) rank: u32,
+    #[command(flatten)]
+    pub(crate) ranks: RankGroup,
+    /// Tensors that are not kept, by name, or by the beginning of one and `*`; may be repeated.
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) leave_out: Vec<String>,
+    /// Share I of N, counted from 1 [default: of a Slurm array or an indexed job, if this is a task of one; else all].
+    #[arg(long, value_name = "I/N", value_parser = worker)]
+    pub(crate) worker: Option<stream::Worker>,
     /// Folder to write.
     #[arg(long, value_name = "GENE")]
     pub(crate) out: PathBuf,

@@ -140,7 +140,13 @@ impl From<stream::StreamError> for Failure {
         let code = match &e {
             stream::StreamError::Checkpoint(c) => checkpoint_code(c),
             stream::StreamError::Gene(g) => gene_code(g),
-            stream::StreamError::OutsideCoefficient { .. } => Code::Usage,
+            stream::StreamError::OutsideCoefficient { .. } | stream::StreamError::NoWork { .. } => {
+                Code::Usage
+            }
+            stream::StreamError::Interrupted { .. } | stream::StreamError::Incomplete { .. } => {
+                Code::Temporary
+            }
+            stream::StreamError::OtherWork { .. } => Code::Usage,
             e => inner_code(e, Code::Input),
         };
         of(&e, code, e.hint())

@@ -164,6 +164,8 @@ impl Lab<'_> {
             outside: None,
             drop_rest: false,
             force: true,
+            memory_bytes: 1 << 30,
+            stop: std::sync::Arc::default(),
         };
         stream::fuse(&kernels::CpuEngine::new(), &job, &stream::NoProgress)?;
         let fused = Checkpoint::open(out, None)?;
@@ -306,14 +308,11 @@ pub(super) fn run(job: &Demo, threads: usize, ui: &Ui) -> Result<(), Failure> {
     let names = targets(job)?;
     prepare(&job.out)?;
     let gene_dir = job.out.join("gene");
-    let extract = stream::Extract {
-        aligned: Checkpoint::open(&job.lab.join("aligned"), None)?,
-        degraded: Checkpoint::open(&job.lab.join(DEGRADED), None)?,
-        rank: RANK,
-        out: gene_dir.clone(),
-        force: true,
-        seed: 0,
-    };
+    let (aligned, degraded) = (job.lab.join("aligned"), job.lab.join(DEGRADED));
+    let (aligned, degraded) = (Checkpoint::open(&aligned, None)?, Checkpoint::open(&degraded, None)?);
+    let ranks = stream::Ranks::Fixed(RANK);
+    let extract =
+        stream::Extract { force: true, ..stream::Extract::new(aligned, degraded, ranks, &gene_dir) };
     let streaming = Streaming::new(ui);
     let report = stream::extract(&kernels::CpuEngine::new(), &extract, &streaming);
     streaming.finish();

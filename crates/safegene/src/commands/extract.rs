@@ -1,11 +1,12 @@
 //! `safegene extract`: an aligned and a degraded checkpoint into a gene.
 
 use crate::args::Extract;
-use crate::commands::{bytes, percent};
+use crate::commands::{bytes, peak_rss_bytes, percent, stop_on_signals, worker_of_environment};
 use crate::fail::Failure;
 use crate::ui::{Ui, Work};
 use checkpoint::Checkpoint;
 use gene::Class;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 /// Shows a stream's progress as bytes.
@@ -45,23 +46,22 @@ impl stream::Progress for Streaming<'_> {
     }
 }
 
-/// Largest resident size of this process so far, in bytes; `None` where the system does not tell.
-fn peak_rss_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
-}
-
-pub(super) fn run(job: &Extract, ui: &Ui) -> Result<(), Failure> {
+pub(super) fn run(job: &Extract, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
     let (aligned, degraded) = (&job.aligned, &job.degraded);
-    let open = |dir| Checkpoint::open(dir, job.base.as_deref().filter(|_| dir_is_adapter(dir)));
+    let ranks =
+        job.ranks.ranks().map_err(|message| Failure::usage(message, "see `safegene extract --help`"))?;
+    let worker = match job.worker {
+        Some(worker) => worker,
+        None => worker_of_environment()?.unwrap_or(stream::Worker::ALL),
+    };
     let work = stream::Extract {
-        aligned: open(aligned)?,
-        degraded: open(degraded)?,
-        rank: job.rank as usize,
-        out: job.out.clone(),
         force: job.force,
         seed: job.seed,
+        leave_out: job.leave_out.clone(),
+        memory_bytes,
+        worker,
+        stop: stop_on_signals(),
+        ..stream::Extract::new(open(aligned, &job.base)?, open(degraded, &job.base)?, ranks, &job.out)
     };
     let streaming = Streaming::new(ui);
     let result = stream::extract(&kernels::CpuEngine::new(), &work, &streaming);
@@ -73,8 +73,41 @@ pub(super) fn run(job: &Extract, ui: &Ui) -> Result<(), Failure> {
             degraded.display()
         ))
     })?;
+    if report.partial {
+        if job.json {
+            ui.data(&summary(&job.out, &report).to_string());
+        }
+        ui.say(&format!(
+            "share {} of {} is done: {} in {:.1} s; when all are, `safegene assemble {}`",
+            worker.index,
+            worker.of,
+            bytes(report.input_bytes),
+            report.wall_s,
+            job.out.display()
+        ));
+        return Ok(());
+    }
+    show(&job.out, &report, job.json, ui);
+    Ok(())
+}
 
-    if job.json {
+/// A folder with the base that was given, if it is an adapter: a base belongs to the sides that are adapters.
+pub(super) fn open(dir: &Path, base: &Option<PathBuf>) -> Result<Checkpoint, Failure> {
+    let is_adapter = dir.join("adapter_config.json").exists();
+    Ok(Checkpoint::open(dir, base.as_deref().filter(|_| is_adapter))?)
+}
+
+fn summary(out: &Path, report: &stream::ExtractReport) -> serde_json::Value {
+    serde_json::json!({"type": "summary", "schema": 1, "out": out, "already": report.already,
+        "partial": report.partial, "resumed": report.resumed, "energy": report.energy, "captured": report.captured,
+        "captured_upper_bound": report.captured_upper_bound, "noise_floor": report.noise_floor,
+        "classes": report.classes, "wall_s": report.wall_s, "input_bytes": report.input_bytes,
+        "stages": report.stages, "peak_rss_bytes": peak_rss_bytes()})
+}
+
+/// What was extracted, for machines and for people.
+pub(super) fn show(out: &Path, report: &stream::ExtractReport, json: bool, ui: &Ui) {
+    if json {
         for m in report.modules.iter().filter(|m| m.class == Class::LowRank) {
             ui.data(
                 &serde_json::json!({"type": "module", "schema": 1, "name": m.name, "layer": m.layer, "shape": m.shape,
@@ -82,28 +115,23 @@ pub(super) fn run(job: &Extract, ui: &Ui) -> Result<(), Failure> {
                 .to_string(),
             );
         }
-        ui.data(
-            &serde_json::json!({"type": "summary", "schema": 1, "out": job.out, "already": report.already,
-                "energy": report.energy, "captured": report.captured,
-                "captured_upper_bound": report.captured_upper_bound, "noise_floor": report.noise_floor,
-                "classes": report.classes, "wall_s": report.wall_s, "input_bytes": report.input_bytes,
-                "peak_rss_bytes": peak_rss_bytes()})
-            .to_string(),
-        );
+        ui.data(&summary(out, report).to_string());
     }
     if report.already {
-        ui.say(&format!("`{}` is there already, made from the same inputs and options", job.out.display()));
-        return Ok(());
+        ui.say(&format!("`{}` is there already, made from the same inputs and options", out.display()));
+        return;
     }
     let kept: Vec<&gene::Module> = report.modules.iter().filter(|m| m.class == Class::LowRank).collect();
-    let rank = kept.iter().map(|m| m.rank).max().unwrap_or(0);
+    let (low, high) =
+        (kept.iter().map(|m| m.rank).min().unwrap_or(0), kept.iter().map(|m| m.rank).max().unwrap_or(0));
+    let rank = if low == high { format!("{high}") } else { format!("{low} to {high}") };
     let worst = kept.iter().max_by(|a, b| a.residual.total_cmp(&b.residual));
     let worst = worst
         .map(|m| format!("; worst `{}` {}", checkpoint::printable(&m.name), percent(1.0 - m.residual)))
         .unwrap_or_default();
     ui.say(&format!(
         "wrote `{}`: {} modules, rank {rank}; {} of the difference held, at most {} can be, {} is rounding noise{worst}; {} in {:.1} s",
-        job.out.display(),
+        out.display(),
         kept.len(),
         percent(report.captured),
         percent(report.captured_upper_bound),
@@ -111,10 +139,10 @@ pub(super) fn run(job: &Extract, ui: &Ui) -> Result<(), Failure> {
         bytes(report.input_bytes),
         report.wall_s
     ));
-    Ok(())
-}
-
-/// A base given on the command line belongs to the sides that are adapters.
-fn dir_is_adapter(dir: &std::path::Path) -> bool {
-    dir.join("adapter_config.json").exists()
+    if report.resumed > 0 {
+        ui.say(&format!("  {} tensors were finished by an earlier run", report.resumed));
+    }
+    if report.energy > 0.0 && report.noise_floor > 0.5 {
+        ui.warn("most of the difference is rounding noise: a gene of it restores little");
+    }
 }

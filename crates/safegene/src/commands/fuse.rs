@@ -2,13 +2,14 @@
 
 use crate::args::{Form, Fuse};
 use crate::commands::extract::Streaming;
+use crate::commands::{peak_rss_bytes, stop_on_signals};
 use crate::fail::Failure;
 use crate::ui::Ui;
 use checkpoint::Checkpoint;
 use gene::{Expression, Gene};
 use std::collections::BTreeMap;
 
-pub(super) fn run(job: &Fuse, ui: &Ui) -> Result<(), Failure> {
+pub(super) fn run(job: &Fuse, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
     let gene = Gene::open(&job.gene)?;
     let target = Checkpoint::open(&job.target, job.base.as_deref())?;
     gene::check_family(&gene, &target)?;
@@ -40,6 +41,8 @@ pub(super) fn run(job: &Fuse, ui: &Ui) -> Result<(), Failure> {
         outside: job.outside.map(|c| c as f32),
         drop_rest: job.drop_rest,
         force: job.force,
+        memory_bytes,
+        stop: stop_on_signals(),
     };
     let streaming = Streaming::new(ui);
     let result = stream::fuse(&kernels::CpuEngine::new(), &work, &streaming);
@@ -51,7 +54,8 @@ pub(super) fn run(job: &Fuse, ui: &Ui) -> Result<(), Failure> {
             &serde_json::json!({"schema": 1, "outputs": report.outputs, "already": report.already,
                 "tensors_changed": report.tensors_changed, "elements_changed": report.elements_changed,
                 "intended_sumsq": report.intended_sumsq, "realised_sumsq": report.realised_sumsq,
-                "adapter_modules": report.adapter_modules, "dropped": report.dropped, "wall_s": report.wall_s})
+                "adapter_modules": report.adapter_modules, "dropped": report.dropped, "stages": report.stages,
+                "wall_s": report.wall_s, "peak_rss_bytes": peak_rss_bytes()})
             .to_string(),
         );
     }

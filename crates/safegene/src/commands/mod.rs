@@ -1,5 +1,6 @@
 //! One file a subcommand: validated arguments in, work done, report out.
 
+mod assemble;
 mod calibrate;
 mod demo;
 mod evaluate;
@@ -7,11 +8,15 @@ mod extract;
 mod fuse;
 mod inspect;
 mod lab;
+mod plan;
+mod verify;
 
 use crate::args::{Args, Command, Lab};
 use crate::fail::{Code, Failure};
 use crate::ui::Ui;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use transformer::Openings;
 
 /// Runs the chosen command.
@@ -22,11 +27,15 @@ pub(crate) fn run(args: Args, ui: &Ui) -> Result<(), Failure> {
     };
     // Fails only if the pool was built before, which nothing does.
     let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    let memory_bytes = args.memory_budget.unwrap_or_else(default_memory_bytes);
     match args.command {
-        Command::Extract(job) => extract::run(&job, ui),
+        Command::Plan(job) => plan::run(&job, memory_bytes, ui),
+        Command::Extract(job) => extract::run(&job, memory_bytes, ui),
+        Command::Assemble(job) => assemble::run(&job, memory_bytes, ui),
+        Command::Verify(job) => verify::run(&job, memory_bytes, ui),
         Command::Inspect(job) => inspect::run(&job, ui),
         Command::Calibrate(job) => calibrate::run(&job, ui),
-        Command::Fuse(job) => fuse::run(&job, ui),
+        Command::Fuse(job) => fuse::run(&job, memory_bytes, ui),
         Command::Evaluate(job) => evaluate::run(&job, ui),
         Command::Lab(Lab::Build(job)) => lab::run(&job, threads, ui),
         Command::Demo(job) => demo::run(&job, threads, ui),
@@ -68,4 +77,57 @@ fn bytes(n: u64) -> String {
         1_000_000..1_000_000_000 => format!("{:.1} MB", n as f64 / 1e6),
         _ => format!("{:.2} GB", n as f64 / 1e9),
     }
+}
+
+/// A quarter of the machine's memory, at most 4 GiB.
+fn default_memory_bytes() -> u64 {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = info.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let total = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    total.map_or(1 << 30, |kb| (kb * 1024 / 4).clamp(64 << 20, 4 << 30))
+}
+
+/// Set by the first SIGINT or SIGTERM, so that the work stops after what is under way; the second ends the program.
+fn stop_on_signals() -> Arc<AtomicBool> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        // Order matters: the default action is taken only if the flag was set by a signal before this one. Where a
+        // handler cannot be set, signals do what they always do.
+        let _ = signal_hook::flag::register_conditional_default(signal, stop.clone());
+        let _ = signal_hook::flag::register(signal, stop.clone());
+    }
+    stop
+}
+
+/// The share of this task of a job array, if this is one.
+fn worker_of_environment() -> Result<Option<stream::Worker>, Failure> {
+    let number = |name: &str| -> Result<Option<u32>, Failure> {
+        let Ok(text) = std::env::var(name) else { return Ok(None) };
+        let bad = || Failure::usage(format!("{name} is `{text}`, no number"), "give --worker I/N");
+        text.parse().map(Some).map_err(|_| bad())
+    };
+    if let (Some(id), Some(of)) = (number("SLURM_ARRAY_TASK_ID")?, number("SLURM_ARRAY_TASK_COUNT")?) {
+        let first =
+            std::env::var("SLURM_ARRAY_TASK_MIN").ok().and_then(|text| text.parse().ok()).unwrap_or(1u32);
+        let index = id.wrapping_sub(first).wrapping_add(1);
+        if !(1..=of).contains(&index) {
+            let message = format!("task {id} is not one of {of} from {first} on");
+            return Err(Failure::usage(message, "number array tasks without gaps, or give --worker I/N"));
+        }
+        return Ok(Some(stream::Worker { index, of }));
+    }
+    if let (Some(index), Some(of)) = (number("JOB_COMPLETION_INDEX")?, number("JOB_COMPLETIONS")?) {
+        let worker = stream::Worker { index: index.saturating_add(1), of };
+        if worker.index <= of {
+            return Ok(Some(worker));
+        }
+    }
+    Ok(None)
+}
+
+/// Largest resident size of this process so far, in bytes; `None` where the system does not tell.
+fn peak_rss_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
 }
