@@ -15,6 +15,7 @@ use lowrank::Term;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use crate::pairing::{Pair, bytes, file_of, float, unit_shape, unsupported};
+use crate::pool::{Buffer, Pool};
 use crate::{Result, StreamError};
 
 /// Two checkpoints to be subtracted.
@@ -22,6 +23,7 @@ pub(crate) struct Sides<'a> {
     pub(crate) aligned: &'a Checkpoint,
     pub(crate) degraded: &'a Checkpoint,
     same_base: bool,
+    pool: Arc<Pool>,
 }
 
 /// One side's weights, ready to be subtracted.
@@ -29,7 +31,7 @@ pub(crate) struct Sides<'a> {
 pub(crate) struct Stored {
     pub(crate) weights: Weights,
     /// The bytes, if they are in memory.
-    held: Option<Arc<Vec<u8>>>,
+    held: Option<Arc<Buffer>>,
     dtype: Dtype,
     scales: Option<Scales>,
     file: PathBuf,
@@ -74,7 +76,7 @@ impl<'a> Sides<'a> {
         let adapted = aligned.adapter().is_some() || degraded.adapter().is_some();
         let same_base =
             adapted && (same_folder(aligned, degraded) || base_content(aligned)? == base_content(degraded)?);
-        Ok(Sides { aligned, degraded, same_base })
+        Ok(Sides { aligned, degraded, same_base, pool: Arc::default() })
     }
 
     /// Reads one pair.
@@ -83,11 +85,14 @@ impl<'a> Sides<'a> {
             let products = self.products(pair)?;
             if products.is_empty() || matches!(pair.role, Role::Linear { .. }) {
                 // The base cancels, but what is not finite in it is refused all the same.
-                return Ok(Difference::Products(products, stored(self.degraded, &pair.degraded, false)?));
+                return Ok(Difference::Products(
+                    products,
+                    stored(self.degraded, &pair.degraded, false, &self.pool)?,
+                ));
             }
         }
-        let aligned = stored(self.aligned, &pair.aligned, true)?;
-        Ok(Difference::Dense(Box::new([aligned, stored(self.degraded, &pair.degraded, true)?])))
+        let aligned = stored(self.aligned, &pair.aligned, true, &self.pool)?;
+        Ok(Difference::Dense(Box::new([aligned, stored(self.degraded, &pair.degraded, true, &self.pool)?])))
     }
 
     /// The same with rows that are read when they are needed, for what does not fit in memory. `None` for what an
@@ -126,12 +131,16 @@ impl Stored {
     pub(crate) fn same_as(&self, other: &Stored) -> bool {
         self.dtype == other.dtype
             && self.scales == other.scales
-            && self.held.as_ref().zip(other.held.as_ref()).is_some_and(|(a, b)| a == b)
+            && self
+                .held
+                .as_ref()
+                .zip(other.held.as_ref())
+                .is_some_and(|(a, b)| (**a).as_ref() == (**b).as_ref())
     }
 
     /// Values in f32.
     pub(crate) fn of_f32(values: &[f32], shape: Shape, dir: &Path) -> Result<Stored> {
-        let held = Arc::new(bytemuck::cast_slice(values).to_vec());
+        let held = Arc::new(Buffer::own(bytemuck::cast_slice(values).to_vec()));
         let weights = Weights::held(held.clone(), Dtype::F32, shape);
         let weights = weights.map_err(|source| StreamError::kernel("", dir, source))?;
         let (dtype, file) = (Dtype::F32, dir.to_path_buf());
@@ -143,8 +152,9 @@ impl Stored {
         if self.weights.shape().rows == rows {
             return Ok(self.clone());
         }
-        let bytes = self.held.as_ref().map_or(&[][..], |held| &held[..rows * cols * self.dtype.bytes()]);
-        let held = Arc::new(bytes.to_vec());
+        let bytes =
+            self.held.as_ref().map_or(&[][..], |held| &(**held).as_ref()[..rows * cols * self.dtype.bytes()]);
+        let held = Arc::new(Buffer::own(bytes.to_vec()));
         let weights =
             with_scales(Weights::held(held.clone(), self.dtype, Shape { rows, cols }), &self.scales)
                 .map_err(|source| StreamError::kernel("", &self.file, source))?;
@@ -154,7 +164,7 @@ impl Stored {
     /// The values of the rows from `rows` on, in f32, every one finite.
     pub(crate) fn values_from(&self, rows: usize, cols: usize, name: &str) -> Result<Vec<f32>> {
         let at = rows * cols;
-        let bytes = self.held.as_ref().map_or(&[][..], |held| &held[at * self.dtype.bytes()..]);
+        let bytes = self.held.as_ref().map_or(&[][..], |held| &(**held).as_ref()[at * self.dtype.bytes()..]);
         let values: Vec<f32> = (0..bytes.len() / self.dtype.bytes())
             .map(|i| kernels::reference::widen(bytes, self.dtype, i) as f32)
             .collect();
@@ -175,7 +185,7 @@ impl Stored {
 
     /// The same for a block that begins with this element.
     pub(crate) fn check_finite_from(&self, name: &str, first: u64) -> Result<()> {
-        match self.held.as_ref().and_then(|bytes| first_non_finite(bytes, self.dtype)) {
+        match self.held.as_ref().and_then(|held| first_non_finite((**held).as_ref(), self.dtype)) {
             None => Ok(()),
             Some(index) => Err(StreamError::NonFinite {
                 tensor: name.to_owned(),
@@ -218,14 +228,14 @@ pub(crate) fn located(name: &str, sides: &[Stored; 2], source: KernelError) -> S
 }
 
 /// The weights that a checkpoint stands for: as stored, or in f32 where an adapter is added and asked for.
-fn stored(side: &Checkpoint, unit: &Unit, with_adapter: bool) -> Result<Stored> {
+fn stored(side: &Checkpoint, unit: &Unit, with_adapter: bool, pool: &Arc<Pool>) -> Result<Stored> {
     let shape = unit_shape(unit);
     if with_adapter && adapted(side, unit) {
         return Stored::of_f32(&side.read_f32(&unit.tensor)?, shape, side.dir());
     }
-    let mut buffer = vec![0u8; bytes(unit) as usize];
-    side.read_unit(unit, 0..unit.rows(), &mut buffer)?;
-    let digest = whole(side, unit).then(|| xxh3_128(&buffer));
+    let mut buffer = pool.take(bytes(unit) as usize);
+    side.read_unit(unit, 0..unit.rows(), buffer.as_mut())?;
+    let digest = whole(side, unit).then(|| xxh3_128(buffer.as_ref()));
     let held = Arc::new(buffer);
     let (dtype, scales, file) = meaning(side, unit)?;
     let weights = Weights::held(held.clone(), dtype, shape);
@@ -308,7 +318,7 @@ impl<'a> Blocks<'a> {
 /// A block of one side on its own.
 pub(crate) fn block(side: &Checkpoint, unit: &Unit, bytes: Vec<u8>, shape: Shape) -> Result<Stored> {
     let (dtype, scales, file) = meaning(side, unit)?;
-    let held = Arc::new(bytes);
+    let held = Arc::new(Buffer::own(bytes));
     let weights = Weights::held(held.clone(), dtype, shape);
     let weights = weights.map_err(|source| StreamError::kernel(&unit.name, &file, source))?;
     Ok(Stored { weights, held: Some(held), dtype, scales, file, digest: None, reader: None })

@@ -17,6 +17,7 @@ mod merge;
 mod pairing;
 mod parts;
 mod plan;
+mod pool;
 mod progress;
 mod verify;
 

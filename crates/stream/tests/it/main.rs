@@ -5,3 +5,5 @@
 mod extract;
 mod folders;
 mod fuse;
+mod inputs;
+mod work;
