@@ -41,5 +41,5 @@ pub use units::{BlockScale, Slice, Unit};
 pub use values::{pack_f32, widen_f32};
 pub use write::{
     FolderWriter, PARTIAL_MARKER, PartialFolder, PlacedShard, ShardWriter, TensorSpec, default_metadata,
-    safetensors_bytes,
+    safetensors_bytes, safetensors_header,
 };

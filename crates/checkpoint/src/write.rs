@@ -407,6 +407,14 @@ pub fn safetensors_bytes(
     Ok(bytes)
 }
 
+/// The beginning of a safetensors file up to its data: length and JSON. `Err` says what is wrong with the tensors.
+pub fn safetensors_header(
+    metadata: &BTreeMap<String, String>,
+    tensors: &[TensorSpec],
+) -> Result<Vec<u8>, String> {
+    header_bytes(metadata, tensors)
+}
+
 /// Length and JSON, padded with spaces so that the data starts at a multiple of 8.
 fn header_bytes(metadata: &BTreeMap<String, String>, specs: &[TensorSpec]) -> Result<Vec<u8>, String> {
     let text = |value: &str| serde_json::Value::from(value).to_string();

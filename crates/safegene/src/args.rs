@@ -148,6 +148,63 @@ pub(crate) struct Verify {
     pub(crate) json: bool,
 }
 
+/// How synthetic weights are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Kind {
+    Bf16,
+    Fp8,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Bench {
+    /// Extract a gene from a synthetic pair.
+    Extract(BenchRun),
+    /// Fuse a gene into a synthetic model, beside a plain copy of it.
+    Fuse(BenchRun),
+    /// What the machine reads, copies and multiplies at best.
+    Read(BenchRun),
+    /// Write a synthetic pair: OUT/aligned and OUT/degraded.
+    Synth(BenchSynth),
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct BenchRun {
+    /// Which shapes: qwen2-0.5b, llama-1b, llama-7b, llama-70b, qwen3-30b-a3b, moe-small, deepseek-v3, tiny.
+    #[arg(long, default_value = "qwen2-0.5b", value_name = "NAME")]
+    pub(crate) model: String,
+    /// How weights are stored.
+    #[arg(long, default_value = "bf16")]
+    pub(crate) kind: Kind,
+    /// Folder for the pair, which is made once and used again.
+    #[arg(long, default_value = "bench-work", value_name = "DIR")]
+    pub(crate) work: PathBuf,
+    /// Rank of the factors.
+    #[arg(long, default_value_t = 16, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) rank: u32,
+    /// Runs; the median counts.
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=99))]
+    pub(crate) rounds: u32,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct BenchSynth {
+    /// Which shapes, as for the other benches.
+    #[arg(long, default_value = "qwen2-0.5b", value_name = "NAME")]
+    pub(crate) model: String,
+    /// How weights are stored.
+    #[arg(long, default_value = "bf16")]
+    pub(crate) kind: Kind,
+    /// Headers over holes instead of weights: any size, no disk, for `plan`.
+    #[arg(long)]
+    pub(crate) headers_only: bool,
+    /// Folder to write.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+}
+
 #[derive(Debug, Group)]
 pub(crate) struct Assemble {
     /// The output that workers were given.
@@ -180,6 +237,9 @@ pub(crate) enum Command {
     Fuse(Fuse),
     /// Measure attack success, over-refusal and task accuracy.
     Evaluate(Evaluate),
+    /// Throughput on synthetic checkpoints, beside the machine's own limits.
+    #[command(subcommand)]
+    Bench(Bench),
     /// The invented-language families that stand in for real models.
     #[command(subcommand)]
     Lab(Lab),

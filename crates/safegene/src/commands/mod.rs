@@ -1,6 +1,7 @@
 //! One file a subcommand: validated arguments in, work done, report out.
 
 mod assemble;
+mod bench;
 mod calibrate;
 mod demo;
 mod evaluate;
@@ -33,6 +34,7 @@ pub(crate) fn run(args: Args, ui: &Ui) -> Result<(), Failure> {
         Command::Extract(job) => extract::run(&job, memory_bytes, ui),
         Command::Assemble(job) => assemble::run(&job, memory_bytes, ui),
         Command::Verify(job) => verify::run(&job, memory_bytes, ui),
+        Command::Bench(job) => self::bench::run(&job, memory_bytes, ui),
         Command::Inspect(job) => inspect::run(&job, ui),
         Command::Calibrate(job) => calibrate::run(&job, ui),
         Command::Fuse(job) => fuse::run(&job, memory_bytes, ui),

@@ -14,7 +14,7 @@ const FLOORS: [&[&str]; 6] = [
     &["lowrank", "checkpoint"],
     &["gene"],
     &["transformer", "stream"],
-    &["distill", "recover", "evaluate", "lab"],
+    &["distill", "recover", "evaluate", "lab", "bench"],
     &["safegene"],
 ];
 
@@ -98,14 +98,24 @@ fn kernels_and_lowrank_open_no_file() {
 
 #[test]
 fn nothing_below_the_driver_prints_or_reads_the_environment() {
-    let below =
-        ["kernels", "checkpoint", "lowrank", "gene", "stream", "transformer", "distill", "evaluate", "lab"];
+    let below = [
+        "kernels",
+        "checkpoint",
+        "lowrank",
+        "gene",
+        "stream",
+        "transformer",
+        "distill",
+        "evaluate",
+        "lab",
+        "bench",
+    ];
     absent(&below, &["println!", "eprintln!", "print!(", "std::env"]);
 }
 
 #[test]
 fn no_crate_below_knows_a_candle_tensor_but_those_that_run_models() {
-    absent(&["kernels", "checkpoint", "lowrank", "gene", "stream"], &["candle_core"]);
+    absent(&["kernels", "checkpoint", "lowrank", "gene", "stream", "bench"], &["candle_core"]);
 }
 
 #[test]

@@ -1,0 +1,244 @@
+//! `safegene bench`: throughput on synthetic checkpoints, beside what the machine can do at best in the same run.
+
+use crate::args::{Bench, BenchRun, Kind};
+use crate::commands::{bytes, extract::Streaming};
+use crate::fail::{Code, Failure};
+use crate::ui::Ui;
+use ::bench::{Ceilings, Machine, Model, Synth};
+use checkpoint::Checkpoint;
+use gene::Gene;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+impl From<::bench::BenchError> for Failure {
+    fn from(e: ::bench::BenchError) -> Self {
+        match e {
+            ::bench::BenchError::Checkpoint(e) => e.into(),
+            e => Failure { code: Code::Temporary, message: e.to_string(), causes: Vec::new(), hint: None },
+        }
+    }
+}
+
+pub(super) fn run(job: &Bench, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
+    match job {
+        Bench::Synth(job) => {
+            let start = Instant::now();
+            let written = ::bench::synthesize(&synth(&job.model, job.kind, job.headers_only)?, &job.out)?;
+            let what = if job.headers_only { "described" } else { "written" };
+            ui.say(&format!("{} {what} in {:.1} s", bytes(written), start.elapsed().as_secs_f64()));
+            Ok(())
+        }
+        Bench::Read(job) => {
+            let pair = Pair::of(job, ui)?;
+            let ceilings = Ceilings::measure(&pair.files()?)?;
+            let facts = serde_json::json!({"type": "bench", "schema": 1, "bench": "read", "model": job.model,
+                "machine": Machine::new(), "ceilings": ceilings});
+            report(job, &facts, ui, &[]);
+            Ok(())
+        }
+        Bench::Extract(job) => extract(job, memory_bytes, ui),
+        Bench::Fuse(job) => fuse(job, memory_bytes, ui),
+    }
+}
+
+fn synth(model: &str, kind: Kind, headers_only: bool) -> Result<Synth, Failure> {
+    let model = Model::named(model).ok_or_else(|| {
+        Failure::usage(
+            format!("no model is called `{model}`"),
+            format!("one of: {}", Model::NAMES.join(", ")),
+        )
+    })?;
+    let kind = match kind {
+        Kind::Bf16 => ::bench::Kind::Bf16,
+        Kind::Fp8 => ::bench::Kind::Fp8,
+    };
+    Ok(Synth { model, kind, seed: 1, shard_bytes: 5_000_000_000, headers_only })
+}
+
+/// A synthetic pair in a work folder, made if it is not there.
+struct Pair {
+    dir: PathBuf,
+}
+
+impl Pair {
+    fn of(job: &BenchRun, ui: &Ui) -> Result<Pair, Failure> {
+        let kind = if job.kind == Kind::Fp8 { "-fp8" } else { "" };
+        let dir = job.work.join(format!("{}{kind}", job.model));
+        for side in ["aligned", "degraded"] {
+            if !dir.join(side).join("config.json").exists() {
+                ui.say(&format!("writing a pair of {} to `{}`", job.model, dir.display()));
+                // A side that is there already was written by the same call and stays out of the way.
+                let _ = std::fs::remove_dir_all(&dir);
+                ::bench::synthesize(&synth(&job.model, job.kind, false)?, &dir)?;
+            }
+        }
+        Ok(Pair { dir })
+    }
+
+    fn side(&self, name: &str) -> Result<Checkpoint, Failure> {
+        Ok(Checkpoint::open(&self.dir.join(name), None)?)
+    }
+
+    fn files(&self) -> Result<Vec<PathBuf>, Failure> {
+        let mut files = self.side("aligned")?.shards().files().to_vec();
+        files.extend(self.side("degraded")?.shards().files().iter().cloned());
+        Ok(files)
+    }
+}
+
+fn extract(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
+    let pair = Pair::of(job, ui)?;
+    let ceilings = Ceilings::measure(&pair.files()?)?;
+    let ranks = stream::Ranks::Fixed(job.rank as usize);
+    let operations = stream::plan(&pair.side("aligned")?, &pair.side("degraded")?, ranks)?.operations;
+    let out = pair.dir.join("gene");
+    let mut walls = Vec::new();
+    let mut last = None;
+    for _ in 0..job.rounds {
+        let start = Instant::now();
+        let work = stream::Extract {
+            force: true,
+            memory_bytes,
+            ..stream::Extract::new(pair.side("aligned")?, pair.side("degraded")?, ranks, &out)
+        };
+        let streaming = Streaming::new(ui);
+        let report = stream::extract(&kernels::CpuEngine::new(), &work, &streaming);
+        streaming.finish();
+        last = Some(report?);
+        walls.push(start.elapsed().as_secs_f64());
+    }
+    let Some(found) = last else { return Ok(()) };
+    let wall_s = median(&mut walls);
+    let rate = found.input_bytes as f64 / wall_s / 1e9;
+    let (read_s, gemm_s) =
+        (found.input_bytes as f64 / 1e9 / ceilings.read_gb_s, operations / 1e9 / ceilings.gemm_gf_s);
+    let (binding, bound_s) = if read_s > gemm_s { ("read", read_s) } else { ("gemm", gemm_s) };
+    let facts = serde_json::json!({"type": "bench", "schema": 1, "bench": "extract", "model": job.model,
+        "rank": job.rank, "machine": Machine::new(), "ceilings": ceilings, "wall_s": wall_s, "walls_s": walls,
+        "input_bytes": found.input_bytes, "input_gb_s": rate, "operations": operations,
+        "gf_s": operations / wall_s / 1e9, "binding": binding, "share_of_binding": bound_s / wall_s,
+        "stages": found.stages, "captured": found.captured, "captured_upper_bound": found.captured_upper_bound,
+        "noise_floor": found.noise_floor, "peak_rss_bytes": ::bench::peak_rss_bytes(),
+        "memory_budget_bytes": memory_bytes});
+    let lines = [
+        format!(
+            "extract   {} in {wall_s:.2} s: {rate:.2} GB/s, {:.0} GF/s",
+            bytes(found.input_bytes),
+            operations / wall_s / 1e9
+        ),
+        format!("binding   {binding}: {:.0} % of what it allows", 100.0 * bound_s / wall_s),
+        stages(&found.stages),
+        format!(
+            "accuracy  captured {:.5}, at most {:.5}, rounding {:.5}",
+            found.captured, found.captured_upper_bound, found.noise_floor
+        ),
+    ];
+    report(job, &facts, ui, &lines);
+    Ok(())
+}
+
+fn fuse(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
+    let pair = Pair::of(job, ui)?;
+    let gene_dir = pair.dir.join("gene");
+    let ranks = stream::Ranks::Fixed(job.rank as usize);
+    let work = stream::Extract {
+        force: true,
+        memory_bytes,
+        ..stream::Extract::new(pair.side("aligned")?, pair.side("degraded")?, ranks, &gene_dir)
+    };
+    stream::extract(&kernels::CpuEngine::new(), &work, &stream::NoProgress)?;
+    let target = pair.side("degraded")?;
+    let total: u64 = target.tensors().iter().map(|info| info.bytes).sum();
+    let (mut walls, mut copies) = (Vec::new(), Vec::new());
+    let mut last = None;
+    for _ in 0..job.rounds {
+        copies.push(copy(&target, &pair.dir.join("copy"))?);
+        let start = Instant::now();
+        let gene = Gene::open(&gene_dir)?;
+        let work = stream::Fuse {
+            coefficients: gene.layers().into_iter().map(|layer| (layer, 1.0)).collect(),
+            gene,
+            target: pair.side("degraded")?,
+            out: pair.dir.join("fused"),
+            form: stream::Form::Merged,
+            outside: None,
+            drop_rest: false,
+            force: true,
+            memory_bytes,
+            stop: std::sync::Arc::default(),
+        };
+        last = Some(stream::fuse(&kernels::CpuEngine::new(), &work, &stream::NoProgress)?);
+        walls.push(start.elapsed().as_secs_f64());
+    }
+    let _ = std::fs::remove_dir_all(pair.dir.join("copy"));
+    let Some(found) = last else { return Ok(()) };
+    let (wall_s, copy_s) = (median(&mut walls), median(&mut copies));
+    let facts = serde_json::json!({"type": "bench", "schema": 1, "bench": "fuse", "model": job.model, "rank": job.rank,
+        "machine": Machine::new(), "wall_s": wall_s, "walls_s": walls, "copy_s": copy_s, "copies_s": copies,
+        "share_of_copy": copy_s / wall_s, "output_bytes": total, "output_gb_s": total as f64 / wall_s / 1e9,
+        "stages": found.stages, "elements_changed": found.elements_changed,
+        "realised_share": found.realised_sumsq / found.intended_sumsq, "peak_rss_bytes": ::bench::peak_rss_bytes()});
+    let lines = [
+        format!(
+            "fuse      {} in {wall_s:.2} s: {:.2} GB/s written",
+            bytes(total),
+            total as f64 / wall_s / 1e9
+        ),
+        format!(
+            "binding   a plain copy, flushed: {copy_s:.2} s; {:.0} % of its rate",
+            100.0 * copy_s / wall_s
+        ),
+        stages(&found.stages),
+    ];
+    report(job, &facts, ui, &lines);
+    Ok(())
+}
+
+/// Copies the weight files as they are and flushes them; returns the seconds.
+fn copy(target: &Checkpoint, to: &Path) -> Result<f64, Failure> {
+    let io = |source| ::bench::BenchError::Io { path: to.to_path_buf(), source };
+    let _ = std::fs::remove_dir_all(to);
+    std::fs::create_dir_all(to).map_err(io)?;
+    let start = Instant::now();
+    for file in target.shards().files() {
+        let path = to.join(file.file_name().unwrap_or_default());
+        std::fs::copy(file, &path).map_err(io)?;
+        std::fs::File::open(&path).and_then(|file| file.sync_all()).map_err(io)?;
+    }
+    Ok(start.elapsed().as_secs_f64())
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(0.0)
+}
+
+fn stages(s: &stream::Stages) -> String {
+    format!(
+        "stages    read {:.2} s (waiting for memory {:.2}), compute {:.2} s, keep {:.2} s (waiting for results {:.2})",
+        s.read_s, s.read_waiting_s, s.compute_s, s.keep_s, s.keep_waiting_s
+    )
+}
+
+fn report(job: &BenchRun, facts: &serde_json::Value, ui: &Ui, lines: &[String]) {
+    if job.json {
+        ui.data(&facts.to_string());
+        return;
+    }
+    let machine = Machine::new();
+    ui.data(&format!("machine   {}, {} cores, {}", machine.cpu, machine.cores, machine.vectors));
+    if let Ok(limits) =
+        serde_json::from_value::<std::collections::BTreeMap<String, f64>>(facts["ceilings"].clone())
+    {
+        ui.data(&format!(
+            "limits    read {:.1} GB/s, copy {:.1} GB/s, GEMM {:.0} GF/s",
+            limits["read_gb_s"], limits["copy_gb_s"], limits["gemm_gf_s"]
+        ));
+    }
+    for line in lines {
+        ui.data(line);
+    }
+    if let Some(rss) = ::bench::peak_rss_bytes() {
+        ui.data(&format!("memory    {} at most", bytes(rss)));
+    }
+}
