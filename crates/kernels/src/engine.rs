@@ -61,6 +61,9 @@ pub trait Engine: Send + Sync {
     /// Matrices of equal row counts side by side.
     fn beside(&self, matrices: &[&Self::Matrix]) -> Result<Self::Matrix>;
 
+    /// Some columns of a matrix; they have to be there.
+    fn columns(&self, matrix: &Self::Matrix, columns: std::ops::Range<usize>) -> Result<Self::Matrix>;
+
     /// `D` as a matrix, `aligned - degraded` rounded once to f32, and its sums. A NaN or Inf on either side is an error.
     fn delta(&self, pair: &Self::Pair) -> Result<(Self::Matrix, DeltaStats)>;
 

@@ -253,8 +253,8 @@ impl<E: Engine> Map<'_, E> {
             let (y, next) = if last {
                 // The probes go through with the last block, in the same read.
                 let y = engine.forward(self.pair, &engine.beside(&[&z, &probes])?)?;
-                probed = Some(self.columns(&y, columns, PROBES)?);
-                (self.columns(&y, 0, columns)?, None)
+                probed = Some(engine.columns(&y, columns..columns + PROBES)?);
+                (engine.columns(&y, 0..columns)?, None)
             } else if COMFORTABLE.contains(&stats.sumsq) {
                 let (y, w) = engine.sweep(self.pair, &z, None)?;
                 (y, Some(w))
@@ -415,14 +415,6 @@ impl<E: Engine> Map<'_, E> {
         let longest_sq = (0..PROBES).map(|i| gram[i * PROBES + i]).fold(0.0, f64::max);
         let norm_sq = 100.0 * std::f64::consts::FRAC_2_PI * longest_sq;
         Ok(((self.stats.sumsq - trace).max(0.0), norm_sq))
-    }
-
-    /// Columns `first..first + count` of a matrix.
-    fn columns(&self, y: &E::Matrix, first: usize, count: usize) -> Result<E::Matrix> {
-        let l = self.engine.shape(y).cols;
-        let mut pick = vec![0.0; l * count];
-        (0..count).for_each(|j| pick[(first + j) * count + j] = 1.0);
-        Ok(self.engine.apply_right(y, &pick, count)?)
     }
 
     fn times(&self, y: &E::Matrix, factor: f64) -> Result<E::Matrix> {

@@ -112,8 +112,13 @@ pub fn fuse<E: Engine>(engine: &E, job: &Fuse, progress: &dyn Progress) -> Resul
     // All that exists is looked at before anything is written.
     let mut work = Vec::new();
     for (out, form) in parts {
-        let record = Record::new(job, form)?;
-        let before = if job.force { None } else { record.finished(&out) };
+        // The target's content is known once it has been read; an output that is there is compared with it before.
+        let compare = !job.force && out.symlink_metadata().is_ok();
+        let mut record = Record::new(job, form);
+        if compare || form == "adapter" {
+            record.target = job.target.content()?;
+        }
+        let before = if compare { record.finished(&out) } else { None };
         let writer = if before.is_some() { None } else { Some(FolderWriter::create(&out, job.force)?) };
         work.push((out, record, before, writer));
     }
@@ -121,7 +126,12 @@ pub fn fuse<E: Engine>(engine: &E, job: &Fuse, progress: &dyn Progress) -> Resul
         if let Some(writer) = writer {
             report.already = false;
             record.result = match record.form.as_str() {
-                "merged" => write_merged(engine, job, &plan, &writer, progress, &mut report.stages)?,
+                "merged" => {
+                    let (result, content) =
+                        write_merged(engine, job, &plan, &writer, progress, &mut report.stages)?;
+                    record.target = content;
+                    result
+                }
                 _ => write_adapter(job, &writer, progress)?,
             };
             let mut text = serde_json::to_vec_pretty(&record).unwrap_or_default();
@@ -156,19 +166,19 @@ struct Record {
 }
 
 impl Record {
-    /// Of a job, before its result is known.
-    fn new(job: &Fuse, form: &str) -> Result<Record> {
-        Ok(Record {
+    /// Of a job, before its result and the target's content are known.
+    fn new(job: &Fuse, form: &str) -> Record {
+        Record {
             schema: 1,
             tool: env!("CARGO_PKG_VERSION").to_owned(),
             gene: job.gene.content().to_owned(),
-            target: job.target.content()?,
+            target: String::new(),
             form: form.to_owned(),
             coefficients: job.coefficients.clone(),
             outside: job.outside,
             drop_rest: job.drop_rest,
             result: Outcome::default(),
-        })
+        }
     }
 
     /// What came of an output that is there already and was made from the same.
@@ -213,21 +223,22 @@ fn write_merged<E: Engine>(
     writer: &FolderWriter,
     progress: &dyn Progress,
     stages: &mut Stages,
-) -> Result<Outcome> {
+) -> Result<(Outcome, String)> {
     let limits = Limits { memory_bytes: job.memory_bytes, readers: 1, stop: &job.stop };
-    let (merged, found) = merge(engine, &job.target, plan, writer, &limits, progress)?;
+    let (merged, found, digests) = merge(engine, &job.target, plan, writer, &limits, progress)?;
     *stages = found;
     if merged.elements_changed == 0 && !plan.all_zero {
         return Err(nothing_changed(job));
     }
     writer.copy_support_files(job.target.base_dir())?;
-    Ok(Outcome {
+    let outcome = Outcome {
         tensors_changed: merged.tensors_changed,
         elements_changed: merged.elements_changed,
         intended_sumsq: merged.intended_sumsq,
         realised_sumsq: merged.realised_sumsq,
         adapter_modules: 0,
-    })
+    };
+    Ok((outcome, job.target.content_from(&digests)?))
 }
 
 fn write_adapter(job: &Fuse, writer: &FolderWriter, progress: &dyn Progress) -> Result<Outcome> {

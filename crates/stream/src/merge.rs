@@ -8,9 +8,11 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use checkpoint::{Checkpoint, Factors, FolderWriter, INDEX_FILE, PlacedShard, TensorInfo, Unit, module_of};
 use kernels::{AddStats, Dtype, Engine, Shape, Weights};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::difference::first_non_finite;
 use crate::flow::{Limits, Stages, flow};
@@ -19,7 +21,8 @@ use crate::{Progress, Result, StreamError};
 
 /// Bytes of a block of rows.
 const BLOCK_BYTES: u64 = 16 << 20;
-const READERS: usize = 2;
+/// One, so that the blocks of a tensor are read, and hashed, in their order.
+const READERS: usize = 1;
 
 /// What is to be added to one unit of the target.
 pub(crate) enum Addition {
@@ -68,7 +71,7 @@ pub(crate) fn merge<E: Engine>(
     writer: &FolderWriter,
     limits: &Limits<'_>,
     progress: &dyn Progress,
-) -> Result<(Merged, Stages)> {
+) -> Result<(Merged, Stages, BTreeMap<String, u128>)> {
     let shards = target.shards();
     progress.stage("merging", target.tensors().iter().map(|info| info.bytes).sum());
     let units = target.units()?;
@@ -90,8 +93,8 @@ pub(crate) fn merge<E: Engine>(
             cut(target, info, at, units, &mut blocks);
         }
     }
-    let merge = Merge { engine, target, plan, files: &files };
-    let mut done: BTreeMap<(u64, usize), Merged> = BTreeMap::new();
+    let merge = Merge { engine, target, plan, hashes: Mutex::default() };
+    let mut done: BTreeMap<usize, Merged> = BTreeMap::new();
     let order: Vec<(usize, Block<'_>)> = blocks.into_iter().enumerate().collect();
     let limits = Limits { readers: READERS, ..*limits };
     let stages = flow(
@@ -100,8 +103,10 @@ pub(crate) fn merge<E: Engine>(
         |(_, block)| block.bytes.saturating_mul(3),
         |(_, block)| merge.read(block),
         |(_, block), bytes| merge.block(block, bytes),
-        |(at, block), found| {
-            done.insert((0, *at), found);
+        |(at, block), (bytes, found)| {
+            // By one thread: a file takes one write at a time anyway.
+            files[block.file].write_at(block.info.offset + block.start, &bytes)?;
+            done.insert(*at, found);
             progress.advance(block.bytes, &block.info.name);
             Ok(())
         },
@@ -111,7 +116,7 @@ pub(crate) fn merge<E: Engine>(
     }
     let mut total = Merged::default();
     let mut changed: Option<&str> = None;
-    for ((_, at), part) in &done {
+    for (at, part) in &done {
         let name = order[*at].1.info.name.as_str();
         if part.elements_changed > 0 && changed != Some(name) {
             total.tensors_changed += 1;
@@ -129,7 +134,9 @@ pub(crate) fn merge<E: Engine>(
         text.push(b'\n');
         writer.file(INDEX_FILE, &text)?;
     }
-    Ok((total, stages))
+    let hashes = merge.hashes.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let digests = hashes.into_iter().map(|(name, hash)| (name, hash.digest128())).collect();
+    Ok((total, stages, digests))
 }
 
 /// Cuts a tensor into blocks of rows, unless something about it asks for all of it at once.
@@ -163,22 +170,28 @@ struct Merge<'a, E, P> {
     engine: &'a E,
     target: &'a Checkpoint,
     plan: &'a P,
-    files: &'a [PlacedShard],
+    /// Of the base's tensors, as far as they were read.
+    hashes: Mutex<BTreeMap<String, Xxh3>>,
 }
 
 impl<E: Engine, P: Plan> Merge<'_, E, P> {
     /// The bytes of a block, in the dtype of the base: an adapter's saved copy in another one is rounded when it is
     /// added to.
     fn read(&self, block: &Block<'_>) -> Result<Vec<u8>> {
-        if block.bytes == block.info.bytes {
+        if self.target.adapter().is_some_and(|adapter| adapter.saved().contains_key(&block.info.name)) {
             return Ok(self.target.read_stored(&block.info.name)?.1);
         }
         let mut bytes = vec![0u8; block.bytes as usize];
         self.target.shards().read_at(block.info, block.start, &mut bytes)?;
+        let mut hashes = self.hashes.lock().unwrap_or_else(PoisonError::into_inner);
+        match hashes.get_mut(&block.info.name) {
+            Some(hash) => hash.update(&bytes),
+            None => hashes.entry(block.info.name.clone()).or_default().update(&bytes),
+        }
         Ok(bytes)
     }
 
-    fn block(&self, block: &Block<'_>, mut bytes: Vec<u8>) -> Result<Merged> {
+    fn block(&self, block: &Block<'_>, mut bytes: Vec<u8>) -> Result<(Vec<u8>, Merged)> {
         let info = block.info;
         let saved = self.target.adapter().and_then(|adapter| adapter.saved().get(&info.name));
         let stored = saved.unwrap_or(info);
@@ -210,8 +223,7 @@ impl<E: Engine, P: Plan> Merge<'_, E, P> {
                 merged.realised_sumsq += part.realised_sumsq;
             }
         }
-        self.files[block.file].write_at(info.offset + block.start, &bytes)?;
-        Ok(merged)
+        Ok((bytes, merged))
     }
 
     /// Adds to one unit of a block, in place.
@@ -241,11 +253,17 @@ impl<E: Engine, P: Plan> Merge<'_, E, P> {
             && unit.slice.col_stride == 1
             && (part || unit.shape == block.info.shape || bytes.len() == rows * cols * from.bytes());
         let old = if whole { std::mem::take(bytes) } else { gather(bytes, unit, from.bytes()) };
-        let (new, stats) = weights.add(old.clone(), true).map_err(at)?;
-        let elements_changed = match (adapter, &addition) {
-            (_, None) => 0,
-            (None, Some(_)) if from == to => stats.changed,
-            _ => differing(&new, &weights.add(old, false).map_err(at)?.0, to.bytes()),
+        // What an adapter or another format changes anyway does not count.
+        let before = match (adapter, &addition) {
+            (_, None) => None,
+            (None, Some(_)) if from == to => None,
+            _ => Some(weights.add(old.clone(), false).map_err(at)?.0),
+        };
+        let (new, stats) = weights.add(old, true).map_err(at)?;
+        let elements_changed = match &before {
+            Some(before) => differing(&new, before, to.bytes()),
+            None if addition.is_some() => stats.changed,
+            None => 0,
         };
         if whole {
             *bytes = new;

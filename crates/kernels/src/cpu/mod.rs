@@ -93,6 +93,18 @@ impl Engine for CpuEngine {
         Ok(CpuMatrix { data, shape })
     }
 
+    fn columns(&self, matrix: &CpuMatrix, columns: std::ops::Range<usize>) -> Result<CpuMatrix> {
+        let shape = Shape { rows: matrix.shape.rows, cols: columns.len() };
+        if columns.end > matrix.shape.cols {
+            return Err(KernelError::ShapeMismatch { what: "columns", left: matrix.shape, right: shape });
+        }
+        let mut data = Vec::with_capacity(shape.len()?);
+        for row in 0..shape.rows {
+            data.extend_from_slice(&matrix.data[row * matrix.shape.cols..][columns.clone()]);
+        }
+        Ok(CpuMatrix { data, shape })
+    }
+
     fn delta(&self, pair: &CpuPair) -> Result<(CpuMatrix, DeltaStats)> {
         pass::delta(pair)
     }

@@ -178,6 +178,8 @@ fn beside_of_matrices_and_of_other_heights() {
     let (a, b) = (m(&[1.0, 2.0], 1), m(&[3.0, 4.0, 5.0, 6.0], 2));
     let both = engine.beside(&[&a, &b]).unwrap();
     assert_eq!(engine.read(&both).unwrap(), [1.0, 3.0, 4.0, 2.0, 5.0, 6.0]);
+    assert_eq!(engine.read(&engine.columns(&both, 1..3).unwrap()).unwrap(), [3.0, 4.0, 5.0, 6.0]);
+    assert!(matches!(engine.columns(&both, 2..4), Err(KernelError::ShapeMismatch { .. })));
     let high = engine.matrix(&[0.0; 3], Shape { rows: 3, cols: 1 }).unwrap();
     assert!(matches!(engine.beside(&[&a, &high]), Err(KernelError::ShapeMismatch { .. })));
 }

@@ -88,7 +88,6 @@ impl Pair {
 
 fn extract(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
     let pair = Pair::of(job, ui)?;
-    let ceilings = Ceilings::measure(&pair.files()?)?;
     let ranks = stream::Ranks::Fixed(job.rank as usize);
     let operations = stream::plan(&pair.side("aligned")?, &pair.side("degraded")?, ranks)?.operations;
     let out = pair.dir.join("gene");
@@ -108,6 +107,9 @@ fn extract(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
         walls.push(start.elapsed().as_secs_f64());
     }
     let Some(found) = last else { return Ok(()) };
+    // Before the limits are measured, which takes memory of its own.
+    let rss = ::bench::peak_rss_bytes();
+    let ceilings = Ceilings::measure(&pair.files()?)?;
     let wall_s = median(&mut walls);
     let rate = found.input_bytes as f64 / wall_s / 1e9;
     let (read_s, gemm_s) =
@@ -118,7 +120,7 @@ fn extract(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
         "input_bytes": found.input_bytes, "input_gb_s": rate, "operations": operations,
         "gf_s": operations / wall_s / 1e9, "binding": binding, "share_of_binding": bound_s / wall_s,
         "stages": found.stages, "captured": found.captured, "captured_upper_bound": found.captured_upper_bound,
-        "noise_floor": found.noise_floor, "peak_rss_bytes": ::bench::peak_rss_bytes(),
+        "noise_floor": found.noise_floor, "peak_rss_bytes": rss,
         "memory_budget_bytes": memory_bytes});
     let lines = [
         format!(
@@ -132,6 +134,7 @@ fn extract(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
             "accuracy  captured {:.5}, at most {:.5}, rounding {:.5}",
             found.captured, found.captured_upper_bound, found.noise_floor
         ),
+        format!("memory    {} at most, of a budget of {}", bytes(rss.unwrap_or(0)), bytes(memory_bytes)),
     ];
     report(job, &facts, ui, &lines);
     Ok(())
@@ -152,6 +155,8 @@ fn fuse(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
     let (mut walls, mut copies) = (Vec::new(), Vec::new());
     let mut last = None;
     for _ in 0..job.rounds {
+        // An old output is not this round's work.
+        let _ = std::fs::remove_dir_all(pair.dir.join("fused"));
         copies.push(copy(&target, &pair.dir.join("copy"))?);
         let start = Instant::now();
         let gene = Gene::open(&gene_dir)?;
@@ -237,8 +242,5 @@ fn report(job: &BenchRun, facts: &serde_json::Value, ui: &Ui, lines: &[String]) 
     }
     for line in lines {
         ui.data(line);
-    }
-    if let Some(rss) = ::bench::peak_rss_bytes() {
-        ui.data(&format!("memory    {} at most", bytes(rss)));
     }
 }
