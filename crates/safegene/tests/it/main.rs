@@ -6,3 +6,4 @@ mod bad_input;
 mod chain;
 mod house;
 mod support;
+mod weight_path;

@@ -1,0 +1,237 @@
+#!/usr/bin/env python3
+"""Is `safegene extract` faster than what people use today, and as good? Side by side, whole process against process.
+
+The pair is make_pair.py's (shape of Qwen2-0.5B, bf16, 2 x 0.99 GB). Each round runs, from the page cache and in an order
+that rotates:
+
+  mergekit    mergekit-extract-lora: exact SVD, on the CPU
+  svd_loop    svd_loop.py: torch.svd_lowrank in a loop; also its time without imports
+  ours        safegene extract
+
+All may use every core. Wall time is from before the start to after the exit of the process, peak RSS is what the kernel
+counted for it (mapped pages of the inputs included). Residuals are measured afterwards by residual.py, the same for all,
+beside the optimum that exact singular values give. Ours also runs once at rank 64.
+
+Usage: compare-extract VENV [options]        VENV is a folder that `setup VENV mergekit` made
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+# Nothing large may be imported here: Linux counts the memory of the process that starts another one into the peak RSS
+# of the latter, so torch lives in processes of its own.
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent.parent
+RANK, RANK_WIDE = 16, 64
+CORES = len(os.sched_getaffinity(0))
+
+
+def commands(args, rank):
+    """Tool -> argv, with ALIGNED, DEGRADED and OUT still to be filled in. All factor aligned - degraded."""
+    tools = {
+        # Its fastest way: what is no linear layer is left out, not stored whole. Its threads are one for each core
+        # unless told otherwise; the other performance flags are for GPUs, pickles and sharded outputs.
+        "mergekit": [Path(sys.executable).parent / "mergekit-extract-lora", "--model", "ALIGNED", "--base-model",
+                     "DEGRADED", "--out-path", "OUT", "--max-rank", rank, "--exclude-regex", "embed_tokens|lm_head",
+                     "--skip-undecomposable", "--quiet"],
+        "svd_loop": [sys.executable, HERE / "svd_loop.py", "ALIGNED", "DEGRADED", rank, CORES, "OUT"],
+        "ours": [args.safegene, "extract", "--aligned", "ALIGNED", "--degraded", "DEGRADED", "--rank", rank, "--out",
+                 "OUT", "--json"],
+    }
+    if args.skip_mergekit:
+        del tools["mergekit"]
+    return tools
+
+
+def run(argv, pair, out):
+    """One process: wall seconds, peak RSS in bytes, stdout."""
+    if out.exists():
+        shutil.rmtree(out)
+    os.sync()  # what the run before wrote must not be flushed during this one
+    for side in ("aligned", "degraded"):
+        warm(pair / side / "model.safetensors")
+    places = {"ALIGNED": pair / "aligned", "DEGRADED": pair / "degraded", "OUT": out}
+    argv = [str(places.get(a, a)) for a in argv]
+    stdout, stderr = (out.with_name(f"{out.name}.{stream}") for stream in ("stdout", "stderr"))
+    load = os.getloadavg()[0]
+    with open(stdout, "wb") as o, open(stderr, "wb") as e:
+        started = time.perf_counter()
+        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=o, stderr=e)
+        _, status, usage = os.wait4(child.pid, 0)
+        wall = time.perf_counter() - started
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode != 0:
+        sys.exit(f"{' '.join(argv)}\nexit {child.returncode}\n{stderr.read_text()[-4000:]}")
+    # ru_maxrss is in KiB on Linux.
+    facts = {"wall_s": round(wall, 4), "cpu_s": round(usage.ru_utime + usage.ru_stime, 4),
+             "peak_rss_bytes": usage.ru_maxrss * 1024, "load_before": round(load, 2)}
+    return facts, stdout.read_text()
+
+
+def warm(file):
+    buffer = bytearray(1 << 22)
+    with open(file, "rb", buffering=0) as f:
+        while f.readinto(buffer):
+            pass
+
+
+def helper(script, *argv):
+    done = subprocess.run([sys.executable, HERE / script, *map(str, argv)], stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{script} failed")
+    return done.stdout
+
+
+def machine():
+    cpu = Path("/proc/cpuinfo").read_text()
+    memory = Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0]
+    flags = set(next((line for line in cpu.splitlines() if line.startswith("flags")), "").split())
+    return {
+        "cpu": next((line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")), "unknown"),
+        "arch": platform.machine(),
+        "cores": CORES,
+        "memory_gb": round(int(memory) * 1024 / 1e9, 1),
+        "simd": sorted(flags & {"avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16"}),
+        "os": f"{platform.system()} {platform.release()}",
+    }
+
+
+def versions(args):
+    names = ["torch", "safetensors", "numpy"] + ([] if args.skip_mergekit else ["mergekit", "transformers", "peft"])
+    ours = subprocess.run([args.safegene, "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
+    return {"safegene": ours, "python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def shown(argv):
+    """A command without the places of this machine."""
+    return " ".join(Path(str(a)).name if os.path.isabs(str(a)) else str(a) for a in argv)
+
+
+def median(rounds, key):
+    return statistics.median(r[key] for r in rounds)
+
+
+def compare(args):
+    work = Path(args.work).resolve()
+    pair, runs = work / "pair", work / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    print("pair", flush=True)
+    helper("make_pair.py", pair)
+    tools = commands(args, RANK)
+    rounds = {tool: [] for tool in tools}
+    outs = {}
+
+    def one(tool, argv, out):
+        print(f"{out.name:14}", end="", flush=True)
+        facts, stdout = run(argv, pair, out)
+        last = json.loads(stdout.splitlines()[-1]) if tool != "mergekit" else {}
+        if tool == "svd_loop":
+            facts["loop_s"] = round(last["loop_s"], 4)
+        if tool == "ours":
+            facts["reported_residual"] = 1 - last["captured"]
+        print(f"{facts['wall_s']:8.2f} s", flush=True)
+        outs[str(out)] = facts
+        return facts
+
+    for number in range(args.rounds):
+        order = list(tools)
+        order = order[number % len(order):] + order[:number % len(order)]
+        for tool in order:
+            rounds[tool].append(one(tool, tools[tool], runs / f"{tool}-{number + 1}"))
+    wide_argv = commands(args, RANK_WIDE)["ours"]
+    wide = one("ours", wide_argv, runs / f"ours-rank-{RANK_WIDE}")
+
+    print("residuals", flush=True)
+    measured = json.loads(helper("residual.py", pair, *outs))
+    optimum = measured["optimum"]
+    for out, facts in outs.items():
+        facts["residual"] = measured["residuals"][out]
+        if "reported_residual" in facts and abs(facts["reported_residual"] - facts["residual"]) > 1e-3 * facts["residual"]:
+            print(f"note: {Path(out).name} reported a residual of {facts['reported_residual']:.6f}, "
+                  f"measured {facts['residual']:.6f}", flush=True)
+
+    result = {
+        "schema": 1,
+        "pair": {**json.loads((pair / "recipe.json").read_text()), "modules": measured["modules"],
+                 "linear_parameters": measured["parameters"],
+                 "bytes_each": (pair / "aligned" / "model.safetensors").stat().st_size},
+        "machine": machine(),
+        "versions": versions(args),
+        "rank": RANK,
+        "optimum": optimum[RANK],
+        "tools": {},
+        "wide": {"rank": RANK_WIDE, "command": shown(wide_argv), "optimum": optimum[RANK_WIDE],
+                 **wide, "residual_over_optimum": wide["residual"] / optimum[RANK_WIDE]},
+    }
+    for tool, of_tool in rounds.items():
+        residual = max(r["residual"] for r in of_tool)  # the worst round
+        row = {"command": shown(tools[tool]), "wall_s_median": median(of_tool, "wall_s"),
+               "peak_rss_bytes_median": median(of_tool, "peak_rss_bytes"), "residual": residual,
+               "residual_over_optimum": residual / optimum[RANK], "rounds": of_tool}
+        if tool == "svd_loop":
+            row["loop_s_median"] = median(of_tool, "loop_s")
+        result["tools"][tool] = row
+    ours = result["tools"]["ours"]["wall_s_median"]
+    result["wall_peer_over_ours"] = {t: r["wall_s_median"] / ours for t, r in result["tools"].items() if t != "ours"}
+    result["wall_peer_over_ours"]["svd_loop_without_imports"] = result["tools"]["svd_loop"]["loop_s_median"] / ours
+    return result
+
+
+def table(result):
+    def line(name, wall, rss, residual, over, ratio):
+        return f"{name:26}{wall:>9}{rss:>10}{residual:>11}{over:>11}{ratio:>11}"
+
+    def gigabytes(count):
+        return f"{count / 1e9:.2f} GB"
+
+    rows = [line(f"rank {result['rank']}, {len(result['tools']['ours']['rounds'])} rounds", "wall", "peak RSS", "residual",
+                 "/ optimum", "/ ours")]
+    for tool, row in result["tools"].items():
+        ratio = result["wall_peer_over_ours"].get(tool, 1.0)
+        rows.append(line(tool, f"{row['wall_s_median']:.2f} s", gigabytes(row["peak_rss_bytes_median"]),
+                         f"{row['residual']:.5f}", f"{row['residual_over_optimum']:.5f}", f"{ratio:.2f} x"))
+        if tool == "svd_loop":
+            rows.append(line("  without imports", f"{row['loop_s_median']:.2f} s", "", "", "",
+                             f"{result['wall_peer_over_ours']['svd_loop_without_imports']:.2f} x"))
+    rows.append(line("optimum", "", "", f"{result['optimum']:.5f}", "", ""))
+    wide = result["wide"]
+    rows.append(line(f"ours, rank {wide['rank']}", f"{wide['wall_s']:.2f} s", gigabytes(wide["peak_rss_bytes"]),
+                     f"{wide['residual']:.5f}", f"{wide['residual_over_optimum']:.5f}", ""))
+    return "\n".join(rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="compare-extract VENV")
+    parser.add_argument("--work", required=True, help="folder for the pair, which is reused, and what the runs write; 3 GB")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each tool [default: 3]")
+    parser.add_argument("--skip-mergekit", action="store_true", help="leave out mergekit, by far the slowest")
+    parser.add_argument("--safegene", default=REPOSITORY / "target/release/safegene", type=Path,
+                        help="our binary [default: target/release/safegene]")
+    parser.add_argument("--out", default=REPOSITORY / "benches/results/extract-peers.json", type=Path,
+                        help="JSON to write [default: benches/results/extract-peers.json]")
+    args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    args.safegene = args.safegene.resolve()
+    if not args.safegene.exists():
+        sys.exit(f"no binary at `{args.safegene}`; `cargo build --release` makes it")
+    if not args.skip_mergekit and not (Path(sys.executable).parent / "mergekit-extract-lora").exists():
+        sys.exit("mergekit is not in this environment; `setup VENV mergekit` adds it, --skip-mergekit leaves it out")
+    result = compare(args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
