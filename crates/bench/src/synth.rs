@@ -287,10 +287,10 @@ fn values(job: &Synth, (name, dtype, shape): &TensorSpec, degraded: bool) -> Res
             let mut codes = vec![0u8; n as usize];
             codes.par_chunks_mut(1 << 16).enumerate().for_each(|(chunk, codes)| {
                 for (i, code) in codes.iter_mut().enumerate() {
-                    let at = (chunk << 16 | i) as u64;
+                    let at = ((chunk << 16) | i) as u64;
                     // Exponents 0 to 14: no NaN.
                     let bits = hash(base ^ at);
-                    *code = (bits as u8 & 0x87) | ((bits >> 8) % 15) as u8 * 8;
+                    *code = (bits as u8 & 0x87) | (((bits >> 8) % 15) as u8 * 8);
                     if degraded && hash(flip ^ at).is_multiple_of(16) {
                         *code ^= 1;
                     }
@@ -318,7 +318,7 @@ fn bf16(job: &Synth, name: &str, shape: &[u64], degraded: bool) -> Result<Vec<u8
     let mut bytes = vec![0u8; 2 * n as usize];
     bytes.par_chunks_mut(1 << 17).enumerate().for_each(|(chunk, bytes)| {
         for (i, four) in bytes.chunks_mut(8).enumerate() {
-            let mut bits = hash(base ^ ((chunk as u64) << 14 | i as u64));
+            let mut bits = hash(base ^ (((chunk as u64) << 14) | i as u64));
             for x in four.chunks_exact_mut(2) {
                 x.copy_from_slice(&bf16_bits(SIGMA * table[(bits & 0xffff) as usize]).to_le_bytes());
                 bits >>= 16;

@@ -44,7 +44,7 @@ pub(crate) struct Stored {
 /// What a pair of tensors differs by.
 pub(crate) enum Difference {
     /// The sum of these products, the degraded ones with negative scale; nothing if there are none.
-    Products(Vec<Factors>, Stored),
+    Products(Vec<Factors>, Box<Stored>),
     /// Two sides of the same shape.
     Dense(Box<[Stored; 2]>),
 }
@@ -85,10 +85,8 @@ impl<'a> Sides<'a> {
             let products = self.products(pair)?;
             if products.is_empty() || matches!(pair.role, Role::Linear { .. }) {
                 // The base cancels, but what is not finite in it is refused all the same.
-                return Ok(Difference::Products(
-                    products,
-                    stored(self.degraded, &pair.degraded, false, &self.pool)?,
-                ));
+                let base = stored(self.degraded, &pair.degraded, false, &self.pool)?;
+                return Ok(Difference::Products(products, Box::new(base)));
             }
         }
         let aligned = stored(self.aligned, &pair.aligned, true, &self.pool)?;

@@ -689,7 +689,7 @@ pub(crate) fn make<E: Engine>(
             degraded: job.degraded.dir().to_path_buf(),
         });
     }
-    let mut shorter: BTreeMap<String, (Vec<f32>, Vec<f32>)> = BTreeMap::new();
+    let mut shorter: BTreeMap<String, Pairs> = BTreeMap::new();
     if let Ranks::Budget { bytes, .. } = job.ranks {
         shorter = cut_to_budget(engine, job, pairs, &mut records, bytes)?;
     }
@@ -780,6 +780,9 @@ fn module(pair: &Pair, record: &Record) -> Result<Module> {
     })
 }
 
+/// Both factors, B and A.
+type Pairs = (Vec<f32>, Vec<f32>);
+
 /// Cuts all ranks to a budget, and certifies what was cut by a pass over its weights. Returns the factors of what was.
 fn cut_to_budget<E: Engine>(
     engine: &E,
@@ -787,7 +790,7 @@ fn cut_to_budget<E: Engine>(
     pairs: &[Pair],
     records: &mut BTreeMap<String, (Record, Arc<File>)>,
     budget_bytes: u64,
-) -> Result<BTreeMap<String, (Vec<f32>, Vec<f32>)>> {
+) -> Result<BTreeMap<String, Pairs>> {
     let offers: Vec<budget::Offer<'_>> = records
         .values()
         .filter(|(record, _)| record.class == Class::LowRank)

@@ -7,7 +7,7 @@
 //! Not here: what is to be added; that is the plan's.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use checkpoint::{Checkpoint, Factors, FolderWriter, INDEX_FILE, PlacedShard, TensorInfo, Unit, module_of};
@@ -199,7 +199,7 @@ impl<E: Engine, P: Plan> Merge<'_, E, P> {
             Some(module) => self.target.factors(module)?,
             None => None,
         };
-        let first = if info.bytes > 0 { block.start * info.elements() / info.bytes } else { 0 };
+        let first = (block.start * info.elements()).checked_div(info.bytes).unwrap_or(0);
         let mut merged = Merged::default();
         let changes = block.units.iter().any(|unit| self.plan.changes(&unit.name));
         if adapter.is_none() && !changes && stored.dtype == info.dtype {
@@ -235,7 +235,7 @@ impl<E: Engine, P: Plan> Merge<'_, E, P> {
         adapter: Option<&Factors>,
         first: u64,
         bytes: &mut Vec<u8>,
-        file: &PathBuf,
+        file: &Path,
     ) -> Result<Merged> {
         let addition = self.plan.addition(&unit.name)?;
         let at = |source| StreamError::kernel(&unit.name, file, source);

@@ -171,8 +171,11 @@ fn read<W: DeserializeOwned, T: DeserializeOwned + Placed>(path: &Path) -> Resul
     Ok(work.map(|work| (work, records, valid_bytes)))
 }
 
+/// Records, each with the part file that its values lie in.
+pub(crate) type Kept<T> = Vec<(T, Arc<File>)>;
+
 /// What all workers left in `partial`: the work, which has to be the same, and each record with its part file.
-pub(crate) fn read_all<W, T>(partial: &Path) -> Result<Option<(W, Vec<(T, Arc<File>)>)>>
+pub(crate) fn read_all<W, T>(partial: &Path) -> Result<Option<(W, Kept<T>)>>
 where
     W: DeserializeOwned + PartialEq,
     T: DeserializeOwned + Placed,

@@ -7,6 +7,8 @@
 //!
 //! Strides (`ld`) count elements and are multiples of [`ALIGN`]; what lies between the columns and the stride is zero.
 
+#![allow(clippy::needless_range_loop)] // plain indices: arrays of vectors are then unrolled into registers
+
 use pulp::Simd;
 
 /// Columns are padded to a multiple of this: two vectors of 16.

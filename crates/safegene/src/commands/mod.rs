@@ -103,14 +103,15 @@ fn stop_on_signals() -> Arc<AtomicBool> {
 
 /// The share of this task of a job array, if this is one.
 fn worker_of_environment() -> Result<Option<stream::Worker>, Failure> {
-    let number = |name: &str| -> Result<Option<u32>, Failure> {
-        let Ok(text) = std::env::var(name) else { return Ok(None) };
-        let bad = || Failure::usage(format!("{name} is `{text}`, no number"), "give --worker I/N");
+    type Variable = Result<String, std::env::VarError>;
+    let number = |variable: Variable| -> Result<Option<u32>, Failure> {
+        let Ok(text) = variable else { return Ok(None) };
+        let bad = || Failure::usage(format!("`{text}` is no task number"), "give --worker I/N");
         text.parse().map(Some).map_err(|_| bad())
     };
-    if let (Some(id), Some(of)) = (number("SLURM_ARRAY_TASK_ID")?, number("SLURM_ARRAY_TASK_COUNT")?) {
-        let first =
-            std::env::var("SLURM_ARRAY_TASK_MIN").ok().and_then(|text| text.parse().ok()).unwrap_or(1u32);
+    let (id, of) = (std::env::var("SLURM_ARRAY_TASK_ID"), std::env::var("SLURM_ARRAY_TASK_COUNT"));
+    if let (Some(id), Some(of)) = (number(id)?, number(of)?) {
+        let first = number(std::env::var("SLURM_ARRAY_TASK_MIN"))?.unwrap_or(1);
         let index = id.wrapping_sub(first).wrapping_add(1);
         if !(1..=of).contains(&index) {
             let message = format!("task {id} is not one of {of} from {first} on");
@@ -118,7 +119,8 @@ fn worker_of_environment() -> Result<Option<stream::Worker>, Failure> {
         }
         return Ok(Some(stream::Worker { index, of }));
     }
-    if let (Some(index), Some(of)) = (number("JOB_COMPLETION_INDEX")?, number("JOB_COMPLETIONS")?) {
+    let (index, of) = (std::env::var("JOB_COMPLETION_INDEX"), std::env::var("JOB_COMPLETIONS"));
+    if let (Some(index), Some(of)) = (number(index)?, number(of)?) {
         let worker = stream::Worker { index: index.saturating_add(1), of };
         if worker.index <= of {
             return Ok(Some(worker));

@@ -84,7 +84,7 @@ pub(super) fn run(job: &Plan, memory_bytes: u64, ui: &Ui) -> Result<(), Failure>
         job.rank,
         bytes(plan.rest_bytes_max)
     ));
-    ui.data(&format!("disk      twice that while it is made"));
+    ui.data("disk      twice that while it is made");
     let in_place =
         if plan.largest_bytes > memory_bytes { "; the largest tensors are read row by row" } else { "" };
     ui.data(&format!("memory    {} under way{in_place}", bytes(memory_bytes)));

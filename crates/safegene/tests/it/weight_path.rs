@@ -1,5 +1,7 @@
 //! The weight path as a job scheduler sees it: interrupted, killed, shared, short of disk, and larger than its memory.
 
+#![allow(clippy::print_stdout)] // what was not run is said
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
