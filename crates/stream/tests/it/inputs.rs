@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use checkpoint::{Dtype, TensorSpec, default_metadata, pack_f32, safetensors_bytes};
+use gene::Gene;
 use kernels::{CpuEngine, reference};
 use serde_json::{Value, json};
-use stream::{Becomes, Extract, ExtractReport, NoProgress, Ranks, extract, plan};
+use stream::{Becomes, Extract, ExtractReport, Form, Fuse, NoProgress, Ranks, extract, fuse, plan};
 use tempfile::tempdir;
 
 use crate::folders::{names, noise, open, sumsq, to_bf16};
@@ -100,6 +102,47 @@ fn stacked_experts_and_single_ones_give_the_identical_gene() {
     let differing = plan(&open(&sides[0]), &open(&sides[3]), Ranks::Fixed(4)).unwrap();
     assert!(differing.tensors.iter().all(|t| t.becomes == Becomes::Factors && t.differs.is_some()));
     assert_eq!(differing.stored_tensors, [9, 2]);
+}
+
+#[test]
+fn gene_of_experts_fuses_into_stacks_and_into_single_ones() {
+    let dir = tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let (a, d) = (experts(1, 0.05), experts(2, 0.05));
+    let (aligned, single, stacks) =
+        (one_by_one(&path("a"), &a), one_by_one(&path("d1"), &d), stacked(&path("d2"), &d));
+    run(&aligned, &single, &path("gene"));
+    let mut changed = Vec::new();
+    for (target, out) in [(&single, path("out1")), (&stacks, path("out2"))] {
+        let gene = Gene::open(&path("gene")).unwrap();
+        let job = Fuse {
+            coefficients: gene.layers().into_iter().map(|layer| (layer, 1.5)).collect(),
+            gene,
+            target: open(target),
+            out,
+            form: Form::Merged,
+            outside: None,
+            drop_rest: false,
+            force: false,
+            memory_bytes: 1 << 30,
+            stop: Arc::default(),
+        };
+        changed.push(fuse(&CpuEngine::new(), &job, &NoProgress).unwrap().elements_changed);
+    }
+    assert!(changed[0] > 1000 && changed[0] == changed[1], "{changed:?}");
+    let (one, other) = (open(&path("out1")), open(&path("out2")));
+    let units = one.units().unwrap();
+    assert_eq!(units.len(), 3 * EXPERTS);
+    for (unit, same) in units.iter().zip(other.units().unwrap()) {
+        let read = |model: &checkpoint::Checkpoint, unit: &checkpoint::Unit| {
+            let mut bytes = vec![0u8; 2 * INNER * HIDDEN];
+            model.read_unit(unit, 0..unit.rows(), &mut bytes).unwrap();
+            bytes
+        };
+        assert_eq!(unit.name, same.name);
+        assert!(read(&one, unit) == read(&other, &same), "{}", unit.name);
+    }
+    assert_eq!(names(&path("out2")), ["config.json", "model.safetensors", "safegene.json"]);
 }
 
 #[test]
