@@ -240,7 +240,7 @@ def table(result):
 
 def main():
     parser = argparse.ArgumentParser(prog="compare-extract VENV")
-    parser.add_argument("--work", required=True, help="folder for the pair, which is reused, and what the runs write; 3 GB")
+    parser.add_argument("--work", required=True, help="folder, 3 GB: the pair, which is reused, and what the runs write")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each tool [default: 3]")
     parser.add_argument("--skip-mergekit", action="store_true", help="leave out mergekit, by far the slowest")
     parser.add_argument("--safegene", default=REPOSITORY / "target/release/safegene", type=Path,
