@@ -29,6 +29,9 @@ pub type TensorSpec = (String, Dtype, Vec<u64>);
 /// File that marks a partial folder as ours; it is locked while a process writes there.
 pub const PARTIAL_MARKER: &str = ".safegene-partial";
 
+/// Folder inside a partial one for what is only needed until the output is complete; it is never published.
+const WORK_FOLDER: &str = ".work";
+
 /// A folder is an output of this tool, or a model, if it holds one of these.
 const OUTPUT_FILES: [&str; 5] =
     ["config.json", "adapter_config.json", "gene.json", "safegene.json", PARTIAL_MARKER];
@@ -80,11 +83,22 @@ impl PartialFolder {
         &self.partial
     }
 
-    /// Where the partial folder of an output is, if there is one.
-    pub fn find(out: &Path) -> Result<Option<PathBuf>> {
-        let partial = beside(out, ".partial")?;
-        Ok(partial.join(PARTIAL_MARKER).exists().then_some(partial))
+    /// A folder for unfinished work; it goes when the output is published.
+    pub fn work(&self) -> Result<PathBuf> {
+        work_folder(&self.partial)
     }
+
+    /// Where the unfinished work of an output is, if there is any.
+    pub fn find_work(out: &Path) -> Result<Option<PathBuf>> {
+        let partial = beside(out, ".partial")?;
+        Ok(partial.join(PARTIAL_MARKER).exists().then_some(partial.join(WORK_FOLDER)))
+    }
+}
+
+fn work_folder(partial: &Path) -> Result<PathBuf> {
+    let work = partial.join(WORK_FOLDER);
+    fs::create_dir_all(&work).map_err(CheckpointError::io("create", &work))?;
+    Ok(work)
 }
 
 /// Makes the partial folder of an output, or takes the one of an earlier run.
@@ -113,9 +127,14 @@ impl FolderWriter {
     /// Starts an output. Parents that are missing are made.
     pub fn create(out: &Path, force: bool) -> Result<FolderWriter> {
         let mut writer = Self::resume(out, force)?;
-        empty_but_marker(&writer.partial)?;
+        empty_but(&writer.partial, &[PARTIAL_MARKER])?;
         writer.keep = false;
         Ok(writer)
+    }
+
+    /// Removes what an earlier run left of the output's own files; unfinished work stays.
+    pub fn clear(&self) -> Result<()> {
+        empty_but(&self.partial, &[PARTIAL_MARKER, WORK_FOLDER])
     }
 
     /// Goes on with an output whose partial folder holds work: what is in it stays, also when the writer is dropped.
@@ -149,6 +168,11 @@ impl FolderWriter {
     /// Where it is being made.
     pub fn partial(&self) -> &Path {
         &self.partial
+    }
+
+    /// A folder for unfinished work; it goes when the output is published.
+    pub fn work(&self) -> Result<PathBuf> {
+        work_folder(&self.partial)
     }
 
     /// Starts a safetensors file whose tensors will be streamed in this order. `format: pt` is added if absent.
@@ -257,6 +281,10 @@ impl FolderWriter {
         }
         sync_folder(&self.partial)?;
         check_free(&self.out, self.force)?;
+        let work = self.partial.join(WORK_FOLDER);
+        if work.exists() {
+            fs::remove_dir_all(&work).map_err(CheckpointError::io("remove", &work))?;
+        }
         let replaced = beside(&self.out, ".replaced")?;
         let had_output = self.out.symlink_metadata().is_ok();
         if had_output {
@@ -288,7 +316,7 @@ impl FolderWriter {
     fn place(&self, name: &str) -> Result<PathBuf> {
         let mut parts = Path::new(name).components();
         let plain = matches!((parts.next(), parts.next()), (Some(std::path::Component::Normal(part)), None) if part == name);
-        if !plain || name == PARTIAL_MARKER || name.contains('\0') {
+        if !plain || name == PARTIAL_MARKER || name == WORK_FOLDER || name.contains('\0') {
             return Err(CheckpointError::FileName { name: name.to_owned() });
         }
         Ok(self.partial.join(name))
@@ -495,10 +523,10 @@ fn check_free(out: &Path, force: bool) -> Result<()> {
     if ours { Ok(()) } else { Err(CheckpointError::OutputForeign { found: out.to_path_buf() }) }
 }
 
-fn empty_but_marker(folder: &Path) -> Result<()> {
+fn empty_but(folder: &Path, stays: &[&str]) -> Result<()> {
     for entry in fs::read_dir(folder).map_err(CheckpointError::io("read", folder))? {
         let entry = entry.map_err(CheckpointError::io("read", folder))?;
-        if entry.file_name() == PARTIAL_MARKER {
+        if stays.iter().any(|name| entry.file_name() == *name) {
             continue;
         }
         let path = entry.path();

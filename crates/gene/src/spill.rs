@@ -1,7 +1,8 @@
 //! Values that wait on disk until the header that lists them can be written.
 //!
 //! A safetensors file begins with all shapes, and the ranks may be known only at the end; so values go to one part file
-//! first, in any order, and are copied to their place in the order of names.
+//! first, in any order, and are copied to their place in the order of names. The part file goes with the folder of
+//! unfinished work.
 //!
 //! Not here: the final files; see `write`.
 
@@ -49,11 +50,13 @@ pub(crate) struct Spill {
 
 impl Spill {
     pub(crate) fn create(folder: &FolderWriter) -> Result<Spill> {
-        let path = folder.partial().join("values.part");
+        // A killed run may have left one; nothing in it counts.
+        let path = folder.work()?.join("values.part");
         let file = File::options()
             .read(true)
             .write(true)
-            .create_new(true)
+            .create(true)
+            .truncate(true)
             .open(&path)
             .map_err(GeneError::io("create", &path))?;
         Ok(Spill { path, file: BufWriter::with_capacity(1 << 20, file), end: 0 })
@@ -87,11 +90,6 @@ impl Spill {
             }
         }
         Ok(())
-    }
-
-    /// Removes the part file.
-    pub(crate) fn remove(self) -> Result<()> {
-        std::fs::remove_file(&self.path).map_err(GeneError::io("remove", &self.path))
     }
 }
 

@@ -222,7 +222,6 @@ impl GeneWriter {
         if !rest_tensors.is_empty() {
             write_tensors(&folder, &mut spill, REST_FILE, &rest_tensors)?;
         }
-        spill.remove()?;
 
         let mut ranks: Vec<(String, usize)> = manifest
             .modules

@@ -28,8 +28,8 @@ impl Placed for Any {
 /// Makes the gene at `out` from the workers' parts.
 pub fn assemble<E: Engine>(engine: &E, out: &Path, memory_bytes: u64, force: bool) -> Result<ExtractReport> {
     let nothing = || StreamError::NoWork { out: out.to_path_buf() };
-    let partial = PartialFolder::find(out)?.ok_or_else(nothing)?;
-    let (work, _) = parts::read_all::<Work, Any>(&partial)?.ok_or_else(nothing)?;
+    let folder = PartialFolder::find_work(out)?.ok_or_else(nothing)?;
+    let (work, _) = parts::read_all::<Work, Any>(&folder)?.ok_or_else(nothing)?;
     let open = |input: &Input| -> Result<Arc<Checkpoint>> {
         let base = (input.base != input.dir).then_some(input.base.as_path());
         Ok(Arc::new(Checkpoint::open(&input.dir, base)?))
@@ -49,7 +49,7 @@ pub fn assemble<E: Engine>(engine: &E, out: &Path, memory_bytes: u64, force: boo
     };
     let now = Work { aligned: Input::of(&job.aligned)?, degraded: Input::of(&job.degraded)?, ..work.clone() };
     if now != work {
-        return Err(StreamError::OtherWork { journal: partial });
+        return Err(StreamError::OtherWork { journal: folder });
     }
     make(engine, &job, &work, &pairs(&job.aligned, &job.degraded)?)
 }

@@ -244,7 +244,7 @@ pub fn extract<E: Engine>(engine: &E, job: &Extract, progress: &dyn Progress) ->
         options,
     };
     let folder = PartialFolder::open(&job.out, job.force)?;
-    let (mut log, records) = Log::open::<Work, Record>(folder.path(), job.worker, &work)?;
+    let (mut log, records) = Log::open::<Work, Record>(&folder.work()?, job.worker, &work)?;
     let known: BTreeSet<&str> = records.iter().map(|record| record.tensor.as_str()).collect();
     let resumed = share.iter().filter(|pair| known.contains(pair.name.as_str())).count() as u64;
     let todo: Vec<&Pair> = share.into_iter().filter(|pair| !known.contains(pair.name.as_str())).collect();
@@ -670,7 +670,8 @@ pub(crate) fn make<E: Engine>(
     pairs: &[Pair],
 ) -> Result<ExtractReport> {
     let folder = FolderWriter::resume(&job.out, job.force)?;
-    let found = parts::read_all::<Work, Record>(folder.partial())?;
+    folder.clear()?;
+    let found = parts::read_all::<Work, Record>(&folder.work()?)?;
     let mut records: BTreeMap<String, (Record, Arc<File>)> = BTreeMap::new();
     if let Some((same, all)) = found
         && same == *work
@@ -737,7 +738,6 @@ pub(crate) fn make<E: Engine>(
     if !common_rows.is_empty() {
         extra.insert(COMMON_ROWS.to_owned(), Value::Object(common_rows));
     }
-    parts::remove_all(writer.partial())?;
     let manifest = writer.finish(ManifestParts {
         family: Family {
             model_type: job.aligned.config().model_type.clone(),

@@ -214,18 +214,6 @@ where
     Ok(work.map(|work| (work, all)))
 }
 
-/// Removes journals and part files from a folder.
-pub(crate) fn remove_all(partial: &Path) -> Result<()> {
-    let Ok(entries) = fs::read_dir(partial) else { return Ok(()) };
-    for path in entries.flatten().map(|entry| entry.path()) {
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        if name.starts_with("worker-") && (name.ends_with(".jsonl") || name.ends_with(".part")) {
-            fs::remove_file(&path).map_err(write_error(&path))?;
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -263,8 +251,6 @@ mod tests {
         }
         assert!(write(dir.path(), "other", &[]).is_empty());
         assert!(write(dir.path(), "w", &[]).is_empty());
-        remove_all(dir.path()).unwrap();
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use checkpoint::PartialFolder;
 use gene::Gene;
 
 pub(super) fn run(job: &Assemble, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
-    if !job.force && PartialFolder::find(&job.out)?.is_none() && Gene::open(&job.out).is_ok() {
+    if !job.force && PartialFolder::find_work(&job.out)?.is_none() && Gene::open(&job.out).is_ok() {
         ui.say(&format!("`{}` is there already, and nothing unfinished is beside it", job.out.display()));
         return Ok(());
     }

@@ -231,3 +231,19 @@ fn verify_finds_another_value_another_file_and_another_claim() {
     assert!(faults.iter().any(|fault| fault.contains("content")), "{faults:?}");
     assert!(faults.iter().any(|fault| fault.contains(Q[0])), "{faults:?}");
 }
+
+#[test]
+fn files_left_by_a_run_that_was_killed_while_it_wrote_the_gene_do_not_matter() {
+    let bench = Bench::new();
+    let plain = bench.plain();
+    // The journal is whole; the gene's own files are torn, and one belongs to no gene of this pair.
+    bench.run(&Extract { worker: Worker { index: 1, of: 2 }, ..bench.job("gene") }).unwrap();
+    bench.run(&Extract { worker: Worker { index: 2, of: 2 }, ..bench.job("gene") }).unwrap();
+    let partial = bench.out("gene.partial");
+    for name in [".work/values.part", "adapter_model.safetensors", "rest.safetensors", "of-another-run"] {
+        fs::write(partial.join(name), b"torn").unwrap();
+    }
+    let report = assemble(&CpuEngine::new(), &bench.out("gene"), 1 << 30, false).unwrap();
+    assert!(!report.already && files(&bench.out("gene")) == plain);
+    assert_eq!(fs::read_dir(bench.out("gene")).unwrap().count(), plain.len(), "hidden files stay behind");
+}
