@@ -61,9 +61,6 @@ pub trait Engine: Send + Sync {
     /// Matrices of equal row counts side by side.
     fn beside(&self, matrices: &[&Self::Matrix]) -> Result<Self::Matrix>;
 
-    /// Some columns of a matrix; they have to be there.
-    fn columns(&self, matrix: &Self::Matrix, columns: std::ops::Range<usize>) -> Result<Self::Matrix>;
-
     /// `D` as a matrix, `aligned - degraded` rounded once to f32, and its sums. A NaN or Inf on either side is an error.
     fn delta(&self, pair: &Self::Pair) -> Result<(Self::Matrix, DeltaStats)>;
 
@@ -73,8 +70,8 @@ pub trait Engine: Send + Sync {
     /// The random integers of [`sketch_entry`](crate::sketch_entry); neither side of `shape` may pass `u32::MAX`.
     fn sketch(&self, shape: Shape, seed: u64, key: u64) -> Result<Self::Matrix>;
 
-    /// `D Z`, in f32.
-    fn forward(&self, pair: &Self::Pair, z: &Self::Matrix) -> Result<Self::Matrix>;
+    /// `D^T Q`, in f32.
+    fn back(&self, pair: &Self::Pair, q: &Self::Matrix) -> Result<Self::Matrix>;
 
     /// `Y = D Z` and `D^T Y`, in f32, in one read of the weights. With `stats`, the sums too, and a NaN or Inf is an
     /// error; without, weights are taken to be finite.
@@ -94,7 +91,8 @@ pub trait Engine: Send + Sync {
     /// `Y W` with products and sums in f64, rounded once to f32; `w` is row-major with `cols` columns.
     fn apply_right(&self, y: &Self::Matrix, w: &[f64], cols: usize) -> Result<Self::Matrix>;
 
-    /// The sum of the squares of `D - B A`, all in f64 from the f32 elements of each.
+    /// The sum of the squares of `D - B A`, in f64. An element is the chain `s = fma(-B[i,k], A[k,j], s)` over ascending
+    /// `k`, from `D[i,j]`: in f32, unless its roundings may add more than 1e-6 of the result, in which case in f64.
     fn residual(&self, pair: &Self::Pair, b: &Self::Matrix, a: &Self::Matrix) -> Result<f64>;
 
     /// Adds `c_1 B_1 A_1 + c_2 B_2 A_2 + ...` to stored weights in place, with one rounding to their format.

@@ -4,6 +4,10 @@ use kernels::{DeltaStats, Engine, Shape};
 
 use crate::{LowRank, LowRankError, Result};
 
+/// A noise floor below this share predicts what rounding leaves to some 10 %; above it elements begin to round back to
+/// what they were, and it promises more noise than there is.
+pub const NOISE_RELIABLE: f64 = 0.2;
+
 /// What a pair of stored factors holds of its difference. Shares are of the squared norm, between 0 and 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Certificate {
@@ -11,9 +15,10 @@ pub struct Certificate {
     pub energy: f64,
     /// The share that the factors as stored miss, by an explicit sum. Above 1 if they are worse than nothing.
     pub residual: f64,
-    /// The share that no factorisation of the rank asked for exceeds (but with probability 1e-10).
+    /// The share that no factorisation of the rank exceeds: no probability in it, but the rounding of f32 products.
     pub captured_upper_bound: f64,
-    /// The share that rounding the degraded weights to their format explains; 1 where it would explain more.
+    /// The share that rounding the degraded weights to their format explains; 1 where it would explain more. Beyond
+    /// [`NOISE_RELIABLE`] it is an overestimate.
     pub noise_floor: f64,
     /// The share of elements that did not change at all.
     pub zero_fraction: f64,

@@ -57,7 +57,6 @@ pub fn factor_factors(terms: &[Term<'_>], rank: Rank) -> Result<LowRank> {
         rank: kept,
         singular: sigma[..kept].to_vec(),
         outside_sumsq: 0.0,
-        outside_norm_sq: 0.0,
         best_sumsq_upper,
     })
 }

@@ -16,7 +16,7 @@ mod factors;
 mod small;
 mod subspace;
 
-pub use certificate::{Certificate, certify};
+pub use certificate::{Certificate, NOISE_RELIABLE, certify};
 pub use error::{LowRankError, Result};
 pub use factors::{Term, certify_factors, factor_factors};
 pub use subspace::{Factor, LowRank, Rank, factor};

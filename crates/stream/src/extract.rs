@@ -21,7 +21,7 @@ use std::time::Instant;
 use checkpoint::{Checkpoint, CheckpointError, FolderWriter, PartialFolder, Role, module_of};
 use gene::{Class, Family, Gene, GeneManifest, GeneWriter, Given, ManifestParts, Module, Source, Sources};
 use kernels::{DeltaStats, Engine, Shape};
-use lowrank::{Certificate, Factor, LowRank, LowRankError, Rank};
+use lowrank::{Certificate, Factor, LowRank, LowRankError, NOISE_RELIABLE, Rank};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use xxhash_rust::xxh64::xxh64;
@@ -73,7 +73,7 @@ impl Ranks {
         }
     }
 
-    fn of_module(self) -> Rank {
+    pub(crate) fn of_module(self) -> Rank {
         match self {
             Ranks::Fixed(rank) => Rank::Fixed(rank),
             Ranks::Residual { share, max } => Rank::Residual { share, max },
@@ -209,7 +209,7 @@ struct Record {
     zeros: f64,
     /// For a choice among ranks.
     singular: Vec<f64>,
-    outside: [f64; 2],
+    outside: f64,
     b: Segments,
     a: Segments,
     values: Segments,
@@ -305,6 +305,10 @@ impl ExtractReport {
     }
 }
 
+/// Keys of a module: the share of elements that did not change, and whether the noise floor is more than a bound.
+pub(crate) const ZERO_FRACTION: &str = "zero_fraction";
+pub(crate) const NOISE_RELIABLE_KEY: &str = "noise_floor_reliable";
+
 /// Key of the manifest for row patches of tensors whose row counts differ: how many rows both sides have. Rows beyond
 /// are whole, not differences.
 pub(crate) const COMMON_ROWS: &str = "common_rows";
@@ -337,11 +341,12 @@ impl<E: Engine> Run<'_, E> {
     /// Bytes of the blocks of the factorisation.
     fn work_bytes(&self, pair: &Pair) -> u64 {
         let columns = match self.how.rank {
-            Rank::Fixed(rank) => 2 * (rank + self.how.oversample),
+            Rank::Fixed(_) => self.how.blocks * self.how.width(),
             Rank::Residual { .. } | Rank::Noise { .. } => 96,
         } as u64;
         let sides: u64 = pair.aligned.shape.iter().sum();
-        sides.saturating_mul(columns).saturating_mul(4 * 6)
+        // Blocks of both sides, side by side, and again in f64 where they are multiplied.
+        sides.saturating_mul(columns).saturating_mul(4 * 4)
     }
 
     fn needs(&self, pair: &Pair) -> u64 {
@@ -496,7 +501,7 @@ impl<E: Engine> Run<'_, E> {
         record.a = vec![values.write(bytemuck::cast_slice(&low_rank.a))?];
         if self.keep_singular {
             record.singular = low_rank.singular.clone();
-            record.outside = [low_rank.outside_sumsq, low_rank.outside_norm_sq];
+            record.outside = low_rank.outside_sumsq;
         }
         Ok(())
     }
@@ -735,6 +740,7 @@ pub(crate) fn make<E: Engine>(
         }
     }
     let mut extra = Map::new();
+    extra.insert(NOISE_RELIABLE_KEY.to_owned(), json!(totals.share(totals.noise) < NOISE_RELIABLE));
     if !common_rows.is_empty() {
         extra.insert(COMMON_ROWS.to_owned(), Value::Object(common_rows));
     }
@@ -766,7 +772,8 @@ fn module(pair: &Pair, record: &Record) -> Result<Module> {
     };
     let mut extra = Map::new();
     extra.insert("captured_upper_bound".to_owned(), json!(record.best));
-    extra.insert("zero_fraction".to_owned(), json!(record.zeros));
+    extra.insert(ZERO_FRACTION.to_owned(), json!(record.zeros));
+    extra.insert(NOISE_RELIABLE_KEY.to_owned(), json!(record.noise < NOISE_RELIABLE));
     Ok(Module {
         name: name.to_owned(),
         layer,
@@ -878,8 +885,7 @@ fn stored_factors(record: &Record, part: &File) -> Result<LowRank> {
         cols: record.shape[1] as usize,
         rank: record.rank,
         singular: record.singular.clone(),
-        outside_sumsq: record.outside[0],
-        outside_norm_sq: record.outside[1],
+        outside_sumsq: record.outside,
         best_sumsq_upper: 0.0,
     })
 }

@@ -7,6 +7,7 @@
 //! Not here: reading a value.
 
 use checkpoint::{Checkpoint, Role};
+use lowrank::Factor;
 use serde::Serialize;
 
 use crate::pairing::{Pair, float, pairs};
@@ -70,6 +71,7 @@ pub struct Plan {
 pub fn plan(aligned: &Checkpoint, degraded: &Checkpoint, ranks: Ranks) -> Result<Plan> {
     let pairs = pairs(aligned, degraded)?;
     let rank = ranks.max() as u64;
+    let factor = Factor::new(ranks.of_module(), 0);
     let mut plan = Plan {
         tensors: Vec::with_capacity(pairs.len()),
         scale_tensors: [aligned.scale_tensors()?.len() as u64, degraded.scale_tensors()?.len() as u64],
@@ -91,8 +93,9 @@ pub fn plan(aligned: &Checkpoint, degraded: &Checkpoint, ranks: Ranks) -> Result
             plan.modules += 1;
             plan.linear_elements += elements;
             plan.factor_bytes_max += 4 * kept * (pair.aligned.shape[0] + pair.aligned.shape[1]);
-            // Two sweeps and a projection of a block, probes, and the residual.
-            plan.operations += 2.0 * elements as f64 * (5.0 * (rank + 8) as f64 + 10.0 + rank as f64);
+            // Sweeps are two products with a block each; the residual is one with the factors.
+            let sweeps = 2 * (factor.blocks * factor.width()) as u64;
+            plan.operations += 2.0 * elements as f64 * (sweeps + rank) as f64;
             plan.largest_bytes = plan.largest_bytes.max(pair.bytes());
         } else if becomes != Becomes::Buffer {
             plan.rest_bytes_max += 4 * elements;

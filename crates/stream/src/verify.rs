@@ -11,6 +11,7 @@ use gene::{Class, Gene, RestDelta};
 use kernels::{Engine, Shape};
 
 use crate::difference::{Difference, Sides, pair_on, terms};
+use crate::extract::ZERO_FRACTION;
 use crate::flow::{Limits, flow};
 use crate::pairing::{Pair, float, pairs};
 use crate::{Progress, Result, StreamError};
@@ -55,6 +56,7 @@ pub fn verify<E: Engine>(
     let limits = Limits { memory_bytes, readers: 2, stop: &stop };
     progress.stage("verifying", pairs.iter().map(Pair::bytes).sum());
     let mut modules = 0;
+    let mut sums: BTreeMap<String, (f64, f64)> = BTreeMap::new();
     let compared: Vec<&Pair> =
         pairs.iter().filter(|pair| pair.same_rows() && float(pair.aligned.dtype).is_some()).collect();
     flow(
@@ -70,6 +72,7 @@ pub fn verify<E: Engine>(
             let (energy_said, residual_said) = said.unwrap_or_default();
             let mut found = Vec::new();
             let at = |source| StreamError::LowRank { tensor: pair.name.clone(), source };
+            let mut noise_and_zeros = None;
             let (energy, residual) = match &difference {
                 Difference::Products(products, _) if products.is_empty() => (0.0, None),
                 Difference::Products(products, _) if class == Class::LowRank => {
@@ -87,7 +90,9 @@ pub fn verify<E: Engine>(
                         Class::LowRank => {
                             let name = module_of(&pair.name).unwrap_or(&pair.name);
                             let stored = low_rank(gene, name)?;
-                            Some(lowrank::certify(engine, &on, &stats, &stored).map_err(at)?.residual)
+                            let found = lowrank::certify(engine, &on, &stats, &stored).map_err(at)?;
+                            noise_and_zeros = Some((found.noise_floor, found.zero_fraction));
+                            Some(found.residual)
                         }
                         Class::Full | Class::RowPatch => {
                             let (delta, _) = engine.delta(&on).map_err(kernel)?;
@@ -111,15 +116,43 @@ pub fn verify<E: Engine>(
             if let Some(residual) = residual.filter(|&is| off(residual_said, is)) {
                 found.push(format!("`{}`: residual is {residual}, the gene says {residual_said}", pair.name));
             }
-            Ok((residual.is_some(), found))
+            if let (Some(module), Some((noise, zeros))) = (module, noise_and_zeros) {
+                let zeros_said = module.extra.get(ZERO_FRACTION).and_then(|x| x.as_f64()).unwrap_or(f64::NAN);
+                for (what, said, is) in
+                    [("noise floor", module.noise_floor, noise), ("zero fraction", zeros_said, zeros)]
+                {
+                    if said.is_nan() || (said - is).abs() > TOLERANCE {
+                        found.push(format!("`{}`: {what} is {is}, the gene says {said}", pair.name));
+                    }
+                }
+            }
+            let missed = match (class, residual) {
+                (Class::Full | Class::RowPatch | Class::Unchanged, _) => 0.0,
+                (_, residual) => residual.unwrap_or(1.0) * energy,
+            };
+            Ok((residual.is_some(), found, energy, missed))
         },
-        |pair, (was_module, found)| {
+        |pair, (was_module, found, energy, missed)| {
             modules += u64::from(was_module);
+            sums.insert(pair.name.clone(), (energy, missed));
             faults.extend(found);
             progress.advance(pair.bytes(), &pair.name);
             Ok(())
         },
     )?;
+    // Tensors that are compared by rows only, or hold no numbers, count as the gene says.
+    let others = gene.rest().iter().filter(|entry| !sums.contains_key(&entry.name));
+    let whole: f64 =
+        sums.values().map(|(energy, _)| energy).sum::<f64>() + others.map(|entry| entry.energy).sum::<f64>();
+    let missed: f64 = sums.values().map(|(_, missed)| missed).sum();
+    let captured = if whole > 0.0 { 1.0 - missed / whole } else { 1.0 };
+    for (what, said, is) in
+        [("energy", manifest.energy, whole), ("captured", manifest.captured, captured.clamp(0.0, 1.0))]
+    {
+        if (said - is).abs() > TOLERANCE * is.abs().max(f64::MIN_POSITIVE) {
+            faults.insert(format!("{what} of the whole is {is}, the gene says {said}"));
+        }
+    }
     for module in gene.modules() {
         let name = format!("{}.weight", module.name);
         if pairs.binary_search_by(|pair| pair.name.as_str().cmp(&name)).is_err() {
@@ -139,7 +172,6 @@ fn low_rank(gene: &Gene, module: &str) -> Result<lowrank::LowRank> {
         rank: factors.rank,
         singular: Vec::new(),
         outside_sumsq: 0.0,
-        outside_norm_sq: 0.0,
         best_sumsq_upper: 0.0,
     })
 }

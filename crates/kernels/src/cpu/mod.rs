@@ -93,18 +93,6 @@ impl Engine for CpuEngine {
         Ok(CpuMatrix { data, shape })
     }
 
-    fn columns(&self, matrix: &CpuMatrix, columns: std::ops::Range<usize>) -> Result<CpuMatrix> {
-        let shape = Shape { rows: matrix.shape.rows, cols: columns.len() };
-        if columns.end > matrix.shape.cols {
-            return Err(KernelError::ShapeMismatch { what: "columns", left: matrix.shape, right: shape });
-        }
-        let mut data = Vec::with_capacity(shape.len()?);
-        for row in 0..shape.rows {
-            data.extend_from_slice(&matrix.data[row * matrix.shape.cols..][columns.clone()]);
-        }
-        Ok(CpuMatrix { data, shape })
-    }
-
     fn delta(&self, pair: &CpuPair) -> Result<(CpuMatrix, DeltaStats)> {
         pass::delta(pair)
     }
@@ -113,9 +101,11 @@ impl Engine for CpuEngine {
         pass::stats(pair)
     }
 
-    fn forward(&self, pair: &CpuPair, z: &CpuMatrix) -> Result<CpuMatrix> {
-        check_block("forward", pair, z)?;
-        Ok(pass::sweep(pair, z, false, None)?.0)
+    fn back(&self, pair: &CpuPair, q: &CpuMatrix) -> Result<CpuMatrix> {
+        if q.shape.rows != pair.shape.rows {
+            return Err(KernelError::ShapeMismatch { what: "back", left: pair.shape, right: q.shape });
+        }
+        pass::back(pair, q)
     }
 
     fn sweep(
@@ -124,9 +114,10 @@ impl Engine for CpuEngine {
         z: &CpuMatrix,
         stats: Option<&mut DeltaStats>,
     ) -> Result<(CpuMatrix, CpuMatrix)> {
-        check_block("sweep", pair, z)?;
-        let (y, w) = pass::sweep(pair, z, true, stats)?;
-        Ok((y, w.unwrap_or(CpuMatrix { data: Vec::new(), shape: z.shape })))
+        if z.shape.rows != pair.shape.cols {
+            return Err(KernelError::ShapeMismatch { what: "sweep", left: pair.shape, right: z.shape });
+        }
+        pass::sweep(pair, z, stats)
     }
 
     fn sketch(&self, shape: Shape, seed: u64, key: u64) -> Result<CpuMatrix> {
@@ -208,13 +199,6 @@ impl Engine for CpuEngine {
 
 fn same_shape(what: &'static str, left: Shape, right: Shape) -> Result<()> {
     if left == right { Ok(()) } else { Err(KernelError::ShapeMismatch { what, left, right }) }
-}
-
-fn check_block(what: &'static str, pair: &CpuPair, z: &CpuMatrix) -> Result<()> {
-    if z.shape.rows == pair.shape.cols {
-        return Ok(());
-    }
-    Err(KernelError::ShapeMismatch { what, left: pair.shape, right: z.shape })
 }
 
 fn check_factors(what: &'static str, shape: Shape, b: &CpuMatrix, a: &CpuMatrix) -> Result<()> {

@@ -48,7 +48,6 @@ struct Scratch {
     panel: Lines,
     y: Vec<f32>,
     wide: Vec<f64>,
-    wide_b: Vec<f64>,
 }
 
 thread_local! {
@@ -180,7 +179,7 @@ pub(super) fn delta(pair: &CpuPair) -> Result<(CpuMatrix, DeltaStats)> {
     Ok((out, stats))
 }
 
-/// `D Z`, and `D^T D Z` where it is wanted.
+/// `D Z` and `D^T D Z`.
 struct Sweep<'a> {
     zt: &'a [f32],
     l: usize,
@@ -188,7 +187,7 @@ struct Sweep<'a> {
     /// Rows of the group.
     y: &'a mut [f32],
     first: usize,
-    wt: Option<Lines>,
+    wt: Lines,
 }
 
 impl Visit for Sweep<'_> {
@@ -199,28 +198,24 @@ impl Visit for Sweep<'_> {
         scratch.y.clear();
         scratch.y.resize(padded * l, 0.0);
         tile::forward(simd, (padded, self.cols, l), (d, cut.ld), (self.zt, cut.ld), &mut scratch.y);
-        if let Some(wt) = &mut self.wt {
-            tile::backward(simd, (rows, self.cols, l), (d, cut.ld), &scratch.y, (wt.as_mut(), cut.ld));
-        }
+        tile::backward(simd, (rows, self.cols, l), (d, cut.ld), &scratch.y, (self.wt.as_mut(), cut.ld));
         self.y[(first - self.first) * l..][..rows * l].copy_from_slice(&scratch.y[..rows * l]);
     }
 }
 
-/// `D Z`; with `back`, `D^T D Z` too.
+/// `D Z` and `D^T D Z` of fitting shapes.
 pub(super) fn sweep(
     pair: &CpuPair,
     z: &CpuMatrix,
-    back: bool,
     stats: Option<&mut DeltaStats>,
-) -> Result<(CpuMatrix, Option<CpuMatrix>)> {
+) -> Result<(CpuMatrix, CpuMatrix)> {
     let (Shape { rows, cols }, l) = (pair.shape, z.shape.cols);
     let mut y = CpuMatrix::zeros(Shape { rows, cols: l })?;
-    let mut w = if back { Some(CpuMatrix::zeros(z.shape)?) } else { None };
     if pair.shape.is_empty() || l == 0 {
         if let Some(stats) = stats {
             *stats = self::stats(pair)?;
         }
-        return Ok((y, w));
+        return Ok((y, CpuMatrix::zeros(z.shape)?));
     }
     let cut = Cut::new(pair.shape);
     let mut zt = Lines::zeros(l * cut.ld);
@@ -233,76 +228,189 @@ pub(super) fn sweep(
             cols: cols.next_multiple_of(tile::ALIGN),
             y,
             first: g * cut.group,
-            wt: back.then(|| Lines::zeros(l * cut.ld)),
+            wt: Lines::zeros(l * cut.ld),
         })
         .collect();
     let done = pass(pair, groups, cut, stats)?;
-    if let Some(w) = &mut w {
-        let mut parts = done.into_iter().filter_map(|group| group.wt);
-        if let Some(mut sum) = parts.next() {
-            for part in parts {
-                sum.as_mut().iter_mut().zip(part.as_slice()).for_each(|(sum, x)| *sum += x);
-            }
-            untranspose(sum.as_slice(), cut.ld, &mut w.data, l);
-        }
-    }
+    let w = summed(done.into_iter().map(|group| group.wt), cut, z.shape)?;
     Ok((y, w))
 }
 
-/// The rest of a product of factors, squared.
-struct Residual<'a> {
-    b: &'a [f32],
+/// `D^T Q`.
+struct Back<'a> {
+    q: &'a [f32],
+    l: usize,
+    cols: usize,
+    wt: Lines,
+}
+
+impl Visit for Back<'_> {
+    #[inline(always)]
+    fn panel<S: Simd>(&mut self, simd: S, first: usize, rows: usize, cut: Cut, scratch: &mut Scratch) {
+        let (d, q) = (scratch.panel.as_slice(), &self.q[first * self.l..]);
+        tile::backward(simd, (rows, self.cols, self.l), (d, cut.ld), q, (self.wt.as_mut(), cut.ld));
+    }
+}
+
+/// `D^T Q` of fitting shapes.
+pub(super) fn back(pair: &CpuPair, q: &CpuMatrix) -> Result<CpuMatrix> {
+    let (Shape { rows, cols }, l) = (pair.shape, q.shape.cols);
+    let shape = Shape { rows: cols, cols: l };
+    if pair.shape.is_empty() || l == 0 {
+        return CpuMatrix::zeros(shape);
+    }
+    let cut = Cut::new(pair.shape);
+    let cols = cols.next_multiple_of(tile::ALIGN);
+    let groups = (0..rows.div_ceil(cut.group))
+        .map(|_| Back { q: &q.data, l, cols, wt: Lines::zeros(l * cut.ld) })
+        .collect();
+    summed(pass(pair, groups, cut, None)?.into_iter().map(|group| group.wt), cut, shape)
+}
+
+/// Parts of a transposed matrix added in their order, and turned.
+fn summed(mut parts: impl Iterator<Item = Lines>, cut: Cut, shape: Shape) -> Result<CpuMatrix> {
+    let mut out = CpuMatrix::zeros(shape)?;
+    if let Some(mut sum) = parts.next() {
+        for part in parts {
+            sum.as_mut().iter_mut().zip(part.as_slice()).for_each(|(sum, x)| *sum += x);
+        }
+        untranspose(sum.as_slice(), cut.ld, &mut out.data, shape.cols);
+    }
+    Ok(out)
+}
+
+/// The rest of a product of factors, squared, with elements in `T`.
+struct Residual<'a, T> {
+    /// Negative.
+    b: &'a [T],
     rank: usize,
-    a: &'a [f64],
+    a: &'a [T],
     cols: usize,
     sum: LaneSum,
 }
 
-/// Rows and columns of the rest that are widened at a time: 48 KB.
+/// Rows and columns of the rest that are looked at together: 24 or 48 KB.
 const REST: (usize, usize) = (12, 512);
 
-impl Visit for Residual<'_> {
+/// How a chain gets at a block of the difference.
+trait Rest: Copy + Into<f64> + Default + Send + Sync {
+    /// Runs the chains over `rows` lines from `start` on, `width` elements of each, and hands the lines to `then`.
+    fn rest<S: Simd>(
+        simd: S,
+        lines: (&mut [f32], usize),
+        at: (usize, usize, usize),
+        rank: usize,
+        b: &[Self],
+        a: (&[Self], usize),
+        wide: &mut Vec<f64>,
+        then: impl FnMut(&[Self]),
+    );
+    fn of(x: f32) -> Self;
+}
+
+impl Rest for f32 {
+    #[inline(always)]
+    fn rest<S: Simd>(
+        simd: S,
+        (lines, ld): (&mut [f32], usize),
+        (rows, start, width): (usize, usize, usize),
+        rank: usize,
+        b: &[f32],
+        a: (&[f32], usize),
+        _: &mut Vec<f64>,
+        mut then: impl FnMut(&[f32]),
+    ) {
+        tile::chain(simd, (rows, width, rank), b, a, (&mut lines[start..], ld));
+        for line in lines.chunks(ld).take(rows) {
+            then(&line[start..][..width]);
+        }
+    }
+
+    #[inline(always)]
+    fn of(x: f32) -> f32 {
+        x
+    }
+}
+
+impl Rest for f64 {
+    #[inline(always)]
+    fn rest<S: Simd>(
+        simd: S,
+        (lines, ld): (&mut [f32], usize),
+        (rows, start, width): (usize, usize, usize),
+        rank: usize,
+        b: &[f64],
+        a: (&[f64], usize),
+        wide: &mut Vec<f64>,
+        mut then: impl FnMut(&[f64]),
+    ) {
+        wide.resize(REST.0 * REST.1, 0.0);
+        for (wide, d) in wide.chunks_exact_mut(REST.1).zip(lines.chunks(ld)).take(rows) {
+            for (wide, &x) in wide[..width].iter_mut().zip(&d[start..][..width]) {
+                *wide = f64::from(x);
+            }
+        }
+        tile::chain(simd, (rows, width, rank), b, a, (wide, REST.1));
+        for line in wide.chunks_exact(REST.1).take(rows) {
+            then(&line[..width]);
+        }
+    }
+
+    #[inline(always)]
+    fn of(x: f32) -> f64 {
+        f64::from(x)
+    }
+}
+
+impl<T: Rest> Visit for Residual<'_, T> {
     #[inline(always)]
     fn panel<S: Simd>(&mut self, simd: S, first: usize, rows: usize, cut: Cut, scratch: &mut Scratch) {
-        let Scratch { panel, wide, wide_b, .. } = scratch;
-        let (d, rank) = (panel.as_slice(), self.rank);
-        wide_b.clear();
-        wide_b.extend(self.b[first * rank..][..rows * rank].iter().map(|&x| -f64::from(x)));
-        wide.resize(REST.0 * REST.1, 0.0);
-        for start in (0..self.cols).step_by(REST.1) {
-            let width = REST.1.min(self.cols - start);
-            let a = &self.a[start.min(self.a.len())..];
-            for row in (0..rows).step_by(REST.0) {
-                let rows = REST.0.min(rows - row);
-                let lines = d[row * cut.ld..].chunks_exact(cut.ld);
-                for (wide, d) in wide.chunks_exact_mut(REST.1).zip(lines.take(rows)) {
-                    for (wide, &x) in wide[..width].iter_mut().zip(&d[start..][..width]) {
-                        *wide = f64::from(x);
-                    }
-                }
-                let b = &wide_b[row * rank..][..rows * rank];
-                tile::chain(simd, (rows, width, rank), b, (a, cut.ld), (wide, REST.1));
-                for line in wide.chunks_exact(REST.1).take(rows) {
-                    self.sum.squares(&line[..width]);
-                }
+        let Scratch { panel, wide, .. } = scratch;
+        for row in (0..rows).step_by(REST.0) {
+            let rows = REST.0.min(rows - row);
+            let b = &self.b[(first + row) * self.rank..][..rows * self.rank];
+            for start in (0..self.cols).step_by(REST.1) {
+                let width = REST.1.min(self.cols - start);
+                let lines = (&mut panel.as_mut()[row * cut.ld..], cut.ld);
+                let a = (&self.a[start.min(self.a.len())..], cut.ld);
+                T::rest(simd, lines, (rows, start, width), self.rank, b, a, wide, |line| {
+                    self.sum.squares(line)
+                });
             }
         }
     }
 }
 
-/// The squared norm of `D - B A` in f64, of fitting shapes.
+/// The share of a result that roundings of its f32 elements may add.
+const RESIDUAL_ERROR: f64 = 1e-6;
+
+/// The squared norm of `D - B A`, of fitting shapes.
 pub(super) fn residual(pair: &CpuPair, b: &CpuMatrix, a: &CpuMatrix) -> Result<f64> {
     if pair.shape.is_empty() {
         return Ok(0.0);
     }
+    let found = residual_in::<f32>(pair, b, a)?;
+    // No step of a chain is larger than all its products and its end together; each rounds by half an epsilon of that
+    // or less, one way as often as the other, so the squares of the errors add to the result and nothing else does.
+    let squares = |x: &CpuMatrix| x.data.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>();
+    let largest = squares(b) * squares(a) + found;
+    let error = b.shape.cols as f64 * (f64::from(f32::EPSILON) / 2.0).powi(2) * largest;
+    if error <= RESIDUAL_ERROR * found { Ok(found) } else { residual_in::<f64>(pair, b, a) }
+}
+
+fn residual_in<T: Rest + Send + Sync>(pair: &CpuPair, b: &CpuMatrix, a: &CpuMatrix) -> Result<f64>
+where
+    for<'a> Residual<'a, T>: Visit,
+{
     let (cut, rank) = (Cut::new(pair.shape), b.shape.cols);
-    let mut wide = vec![0.0f64; rank * cut.ld];
-    for (wide, a) in wide.chunks_exact_mut(cut.ld).zip(a.data.chunks_exact(pair.shape.cols)) {
-        wide.iter_mut().zip(a).for_each(|(wide, &x)| *wide = f64::from(x));
+    let mut padded = vec![T::default(); rank * cut.ld];
+    for (padded, a) in padded.chunks_exact_mut(cut.ld).zip(a.data.chunks_exact(pair.shape.cols)) {
+        padded.iter_mut().zip(a).for_each(|(padded, &x)| *padded = T::of(x));
     }
+    let b: Vec<T> = b.data.iter().map(|&x| T::of(-x)).collect();
     let cols = pair.shape.cols.next_multiple_of(tile::ALIGN);
     let groups = (0..pair.shape.rows.div_ceil(cut.group))
-        .map(|_| Residual { b: &b.data, rank, a: &wide, cols, sum: LaneSum::default() })
+        .map(|_| Residual { b: &b, rank, a: &padded, cols, sum: LaneSum::default() })
         .collect();
     Ok(pass(pair, groups, cut, None)?.into_iter().map(|group| group.sum.total()).sum())
 }

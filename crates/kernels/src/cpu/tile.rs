@@ -15,8 +15,8 @@ use pulp::Simd;
 pub(super) const ALIGN: usize = 32;
 /// Rows of a panel are padded to a multiple of this.
 pub(super) const ROWS: usize = 8;
-/// Columns that `forward` takes at a time: eight rows of them fill most of a first cache of 48 KB.
-const DEPTH: usize = 1024;
+/// Columns that `forward` takes at a time: eight rows of them fill half of a first cache of 32 KB.
+const DEPTH: usize = 512;
 
 /// f32s that start at a cache line.
 #[derive(Clone, Default)]

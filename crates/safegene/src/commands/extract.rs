@@ -111,7 +111,10 @@ pub(super) fn show(out: &Path, report: &stream::ExtractReport, json: bool, ui: &
         for m in report.modules.iter().filter(|m| m.class == Class::LowRank) {
             ui.data(
                 &serde_json::json!({"type": "module", "schema": 1, "name": m.name, "layer": m.layer, "shape": m.shape,
-                    "rank": m.rank, "energy": m.energy, "residual": m.residual, "noise_floor": m.noise_floor})
+                    "rank": m.rank, "energy": m.energy, "residual": m.residual, "noise_floor": m.noise_floor,
+                    "noise_floor_reliable": m.extra.get("noise_floor_reliable"),
+                    "captured_upper_bound": m.extra.get("captured_upper_bound"),
+                    "zero_fraction": m.extra.get("zero_fraction")})
                 .to_string(),
             );
         }

@@ -44,8 +44,9 @@ fn check_module(gene: &Gene, weight: &str, delta: &[f64]) -> (f64, f64) {
         module.energy
     );
     let residual = missed / energy;
+    // f32 roundings of the engine's rests add no more than 1e-6 of their sum.
     assert!(
-        (module.residual - residual).abs() <= 1e-9 * residual,
+        (module.residual - residual).abs() <= 1e-6 * residual,
         "{name}: {} for {residual}",
         module.residual
     );
