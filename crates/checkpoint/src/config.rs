@@ -99,6 +99,22 @@ impl ModelConfig {
             .find_map(|level| level.get("quantization_config")?.get(key).filter(|value| !value.is_null()))
     }
 
+    /// The file of the same model with plain weights: no `quantization_config` at any level that loaders look at.
+    pub fn plain(&self) -> Value {
+        let mut raw = self.raw.clone();
+        let nested = ["text_config", "vision_config", "audio_config"];
+        for level in std::iter::once(None).chain(nested.map(Some)) {
+            let object = match level {
+                None => raw.as_object_mut(),
+                Some(key) => raw.get_mut(key).and_then(Value::as_object_mut),
+            };
+            if let Some(object) = object {
+                object.remove("quantization_config");
+            }
+        }
+        raw
+    }
+
     /// Whether linear weights of this family are stored as [in, out].
     pub(crate) fn is_conv1d(&self) -> bool {
         CONV1D_FAMILIES.contains(&self.model_type.as_str())

@@ -16,7 +16,7 @@ use std::io::{BufWriter, ErrorKind, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::dtype::Dtype;
 use crate::error::{CheckpointError, Result, printable};
@@ -86,6 +86,18 @@ impl PartialFolder {
     /// A folder for unfinished work; it goes when the output is published.
     pub fn work(&self) -> Result<PathBuf> {
         work_folder(&self.partial)
+    }
+
+    /// Puts files that a run took out of the folder for unfinished work, but did not live to publish, back into it.
+    pub fn put_back(&self, files: &[String]) -> Result<()> {
+        let work = self.work()?;
+        for name in files {
+            let (from, to) = (self.partial.join(name), work.join(name));
+            if from.exists() && !to.exists() {
+                fs::rename(&from, &to).map_err(CheckpointError::io("move", &from))?;
+            }
+        }
+        Ok(())
     }
 
     /// Where the unfinished work of an output is, if there is any.
@@ -205,28 +217,12 @@ impl FolderWriter {
         })
     }
 
-    /// Starts a file with the header of another, byte for byte, so that every tensor has the same place in both; what is
-    /// not written stays zero.
-    pub fn shard_like(&self, source: &Path, file_name: &str) -> Result<PlacedShard> {
-        let path = self.place(file_name)?;
-        let from = File::open(source).map_err(CheckpointError::io("read", source))?;
-        let total_bytes = from.metadata().map_err(CheckpointError::io("read", source))?.len();
-        let mut length = [0u8; 8];
-        from.read_exact_at(&mut length, 0).map_err(CheckpointError::io("read", source))?;
-        // The header was read and checked when the source was opened; the limit holds should it have changed since.
-        let header_bytes = u64::from_le_bytes(length).min(HEADER_BYTES_MAX);
-        let mut header = vec![0u8; header_bytes as usize];
-        from.read_exact_at(&mut header, 8).map_err(CheckpointError::io("read", source))?;
-        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path);
-        let file = file.map_err(CheckpointError::io("create", &path))?;
-        let write = |file: &File| -> std::io::Result<()> {
-            file.set_len(total_bytes)?;
-            file.write_all_at(&length, 0)?;
-            file.write_all_at(&header, 8)
-        };
-        write(&file).map_err(CheckpointError::io("write", &path))?;
-        self.unfinished.fetch_add(1, Ordering::SeqCst);
-        Ok(PlacedShard { path, file, unfinished: self.unfinished.clone() })
+    /// Takes a finished file out of the folder for unfinished work; it is flushed to disk.
+    pub fn take(&self, name: &str) -> Result<()> {
+        let (from, to) = (self.work()?.join(name), self.place(name)?);
+        let file = File::open(&from).map_err(CheckpointError::io("read", &from))?;
+        file.sync_all().map_err(CheckpointError::io("write", &from))?;
+        fs::rename(&from, &to).map_err(CheckpointError::io("move", &from))
     }
 
     /// Writes a whole safetensors file of small tensors, in this order.
@@ -337,20 +333,115 @@ impl Drop for FolderWriter {
 pub struct PlacedShard {
     path: PathBuf,
     file: File,
-    unfinished: Arc<AtomicUsize>,
+    like: Option<Like>,
+}
+
+/// The file that another is like.
+#[derive(Debug)]
+struct Like {
+    file: File,
+    /// Whether the other one began as its clone.
+    cloned: bool,
+    /// Whether the system refused to copy between the two.
+    no_copy: AtomicBool,
 }
 
 impl PlacedShard {
+    /// Opens a file with the header of `source`, byte for byte, so that every tensor has the same place in both. One of
+    /// that header and length that is there already is gone on with; else it begins as a clone that shares the blocks
+    /// of `source`, where the file system can, or as zeros.
+    pub fn like(source: &Path, path: &Path) -> Result<PlacedShard> {
+        let from = File::open(source).map_err(CheckpointError::io("read", source))?;
+        let total_bytes = from.metadata().map_err(CheckpointError::io("read", source))?.len();
+        let mut length = [0u8; 8];
+        from.read_exact_at(&mut length, 0).map_err(CheckpointError::io("read", source))?;
+        // The header was read and checked when the source was opened; the limit holds should it have changed since.
+        let header_bytes = u64::from_le_bytes(length).min(HEADER_BYTES_MAX);
+        let mut header = vec![0u8; header_bytes as usize];
+        from.read_exact_at(&mut header, 8).map_err(CheckpointError::io("read", source))?;
+        let header = [&length[..], &header].concat();
+        let (file, known) = Self::open(path, &header, total_bytes)?;
+        let mut cloned = false;
+        if !known {
+            cloned = rustix::fs::ioctl_ficlone(&file, &from).is_ok();
+            if !cloned {
+                Self::begin(&file, path, &header, total_bytes)?;
+            }
+        }
+        Ok(PlacedShard {
+            path: path.to_path_buf(),
+            file,
+            like: Some(Like { file: from, cloned, no_copy: AtomicBool::new(false) }),
+        })
+    }
+
+    /// Opens a file with this header (of [`safetensors_header`]) and `data_bytes` behind it; one that is there already is
+    /// gone on with.
+    pub fn with_header(path: &Path, header: &[u8], data_bytes: u64) -> Result<PlacedShard> {
+        let total_bytes = header.len() as u64 + data_bytes;
+        let (file, known) = Self::open(path, header, total_bytes)?;
+        if !known {
+            Self::begin(&file, path, header, total_bytes)?;
+        }
+        Ok(PlacedShard { path: path.to_path_buf(), file, like: None })
+    }
+
+    /// The file, and whether it has this header and length already.
+    fn open(path: &Path, header: &[u8], total_bytes: u64) -> Result<(File, bool)> {
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
+        let file = file.map_err(CheckpointError::io("create", path))?;
+        let mut found = vec![0u8; header.len()];
+        let known = file.metadata().is_ok_and(|kind| kind.len() == total_bytes)
+            && file.read_exact_at(&mut found, 0).is_ok()
+            && found == header;
+        Ok((file, known))
+    }
+
+    fn begin(file: &File, path: &Path, header: &[u8], total_bytes: u64) -> Result<()> {
+        file.set_len(0)
+            .and_then(|()| file.set_len(total_bytes))
+            .and_then(|()| file.write_all_at(header, 0))
+            .map_err(CheckpointError::io("write", path))
+    }
+
     /// Writes bytes from this place in the file on.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         self.file.write_all_at(bytes, offset).map_err(CheckpointError::io("write", &self.path))
     }
 
-    /// Flushes the file to disk; the caller knows that everything was written.
+    /// The same for bytes that the file it is like has at the same place: a clone has them already, else the system is
+    /// asked to copy them (and may share blocks, or copy on the server), and only if it does not are they written.
+    pub fn keep_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let Some(like) = &self.like else { return self.write_at(offset, bytes) };
+        if like.cloned {
+            return Ok(());
+        }
+        let mut done = 0u64;
+        while done < bytes.len() as u64 && !like.no_copy.load(Ordering::Relaxed) {
+            let (mut from, mut to) = (offset + done, offset + done);
+            let left = bytes.len() - done as usize;
+            match rustix::fs::copy_file_range(&like.file, Some(&mut from), &self.file, Some(&mut to), left) {
+                Ok(copied @ 1..) => done += copied as u64,
+                // Another file system, or one that cannot: bytes in memory do as well.
+                _ => like.no_copy.store(true, Ordering::Relaxed),
+            }
+        }
+        self.write_at(offset + done, &bytes[done as usize..])
+    }
+
+    /// Sends what was written so far to the disk.
+    pub fn flush(&self) -> Result<()> {
+        self.file.sync_data().map_err(CheckpointError::io("write", &self.path))
+    }
+
+    /// Fills `bytes` from this place in the file on.
+    pub fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        self.file.read_exact_at(bytes, offset).map_err(CheckpointError::io("read", &self.path))
+    }
+
+    /// Flushes the file to disk.
     pub fn finish(self) -> Result<()> {
-        self.file.sync_all().map_err(CheckpointError::io("write", &self.path))?;
-        self.unfinished.fetch_sub(1, Ordering::SeqCst);
-        Ok(())
+        self.file.sync_all().map_err(CheckpointError::io("write", &self.path))
     }
 }
 

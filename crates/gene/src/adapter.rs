@@ -1,8 +1,9 @@
-//! A gene as a PEFT adapter over a target.
+//! Genes as a PEFT adapter over a target.
 //!
 //! Module by module `c * B` and `A`, the layer's coefficient folded into B once in `f32`, scale 1. If the target is an
-//! adapter itself the result is one adapter over the same base that holds both: ranks are concatenated (the target's
-//! first), which is exact up to the rounding of each B to `f32`; what the target saved whole is copied.
+//! adapter itself, or there are several genes, the result is one adapter over the same base that holds all: ranks are
+//! concatenated (the target's first), which is exact up to the rounding of each B to `f32`; what the target saved whole
+//! is copied.
 //!
 //! An adapter cannot hold the rest. What is lost so is reported, never hidden; whether that is acceptable is the caller's
 //! decision. With every coefficient 0 all modules are written with B = 0, because loaders refuse an empty adapter.
@@ -44,20 +45,24 @@ pub fn write_adapter(
 ) -> Result<AdapterReport> {
     check(gene, coefficients, target)?;
     let folder = FolderWriter::create(out, force)?;
-    let report = adapter_into(&folder, gene, coefficients, target)?;
+    let report = adapter_into(&folder, &[(gene, coefficients)], target)?;
     folder.publish()?;
     Ok(report)
 }
 
+/// A gene and the coefficients of its layers.
+pub type Expressed<'a> = (&'a Gene, &'a BTreeMap<u32, f64>);
+
 /// Writes `adapter_config.json` and `adapter_model.safetensors` into a folder that the caller publishes.
 pub fn adapter_into(
     folder: &FolderWriter,
-    gene: &Gene,
-    coefficients: &BTreeMap<u32, f64>,
+    genes: &[Expressed<'_>],
     target: &Checkpoint,
 ) -> Result<AdapterReport> {
-    check(gene, coefficients, target)?;
-    let plan = Plan::new(gene, coefficients, target.adapter())?;
+    for (gene, coefficients) in genes {
+        check(gene, coefficients, target)?;
+    }
+    let plan = Plan::new(genes, target.adapter())?;
     let saved: Vec<_> = target.adapter().map(|adapter| adapter.saved().iter().collect()).unwrap_or_default();
 
     let mut specs: Vec<TensorSpec> = Vec::new();
@@ -74,7 +79,7 @@ pub fn adapter_into(
 
     let mut shard = folder.shard(ADAPTER_FILE, &default_metadata(), &specs)?;
     for part in &plan.parts {
-        let factors = part.factors(gene, target.adapter())?;
+        let factors = part.factors(target.adapter())?;
         let (a, b) = if part.embedding {
             let Factors { a, b, rows, cols, rank, .. } = &factors;
             (transposed(b, *rows, *rank), transposed(a, *rank, *cols))
@@ -103,15 +108,12 @@ pub fn adapter_into(
     let config = PeftConfig { base: &base, modules: &ranks, saved: &whole };
     folder.file("adapter_config.json", &config.to_bytes())?;
 
-    let coefficient = |layer: u32| coefficients.get(&layer).copied().unwrap_or(0.0);
-    let dropped = gene
-        .rest()
-        .iter()
-        .filter(|entry| {
-            entry.class != Class::LeftOut && entry.layer.is_none_or(|layer| coefficient(layer) > 0.0)
-        })
-        .map(|entry| entry.name.clone())
-        .collect();
+    let mut dropped = Vec::new();
+    for (gene, coefficients) in genes {
+        let taken = |layer: u32| coefficients.get(&layer).copied().unwrap_or(0.0) > 0.0;
+        let lost = gene.rest().iter().filter(|e| e.class != Class::LeftOut && e.layer.is_none_or(taken));
+        dropped.extend(lost.map(|entry| entry.name.clone()));
+    }
     Ok(AdapterReport {
         modules: plan.parts.len(),
         rank_max: plan.parts.iter().map(|part| part.rank).max().unwrap_or(0),
@@ -131,18 +133,18 @@ fn check(gene: &Gene, coefficients: &BTreeMap<u32, f64>, target: &Checkpoint) ->
 }
 
 /// One module of the adapter to be written.
-struct Part {
+struct Part<'a> {
     name: String,
     shape: [u64; 2],
     rank: usize,
-    /// Coefficient of the gene's factors, if they take part.
-    gene: Option<f32>,
+    /// The genes whose factors take part, with their coefficients.
+    genes: Vec<(&'a Gene, f32)>,
     /// Whether the target's own factors take part.
     target: bool,
     embedding: bool,
 }
 
-impl Part {
+impl Part<'_> {
     /// Names of the first and the second factor.
     fn tensors(&self) -> [String; 2] {
         let endings = if self.embedding {
@@ -154,15 +156,15 @@ impl Part {
     }
 
     /// Both factors joined, scales folded into B.
-    fn factors(&self, gene: &Gene, target: Option<&Adapter>) -> Result<Factors> {
+    fn factors(&self, target: Option<&Adapter>) -> Result<Factors> {
         let mut terms = Vec::new();
         if self.target
             && let Some(found) = target.map(|adapter| adapter.factors(&self.name)).transpose()?.flatten()
         {
             terms.push((found.scale, found));
         }
-        if let Some(coefficient) = self.gene {
-            terms.push((f64::from(coefficient), gene.factors(&self.name)?));
+        for (gene, coefficient) in &self.genes {
+            terms.push((f64::from(*coefficient), gene.factors(&self.name)?));
         }
         let [rows, cols] = self.shape.map(|side| side as usize);
         let mut b = Vec::with_capacity(rows * self.rank);
@@ -181,13 +183,13 @@ impl Part {
     }
 }
 
-struct Plan {
+struct Plan<'a> {
     /// Sorted by name.
-    parts: Vec<Part>,
+    parts: Vec<Part<'a>>,
 }
 
-impl Plan {
-    fn new(gene: &Gene, coefficients: &BTreeMap<u32, f64>, target: Option<&Adapter>) -> Result<Plan> {
+impl<'a> Plan<'a> {
+    fn new(genes: &[Expressed<'a>], target: Option<&Adapter>) -> Result<Plan<'a>> {
         let mut parts = BTreeMap::new();
         for (name, module) in target.iter().flat_map(|adapter| adapter.modules()) {
             let embedding = module.a.name.ends_with(".lora_embedding_A");
@@ -200,11 +202,15 @@ impl Plan {
             let (shape, rank) = (module.shape(), module.rank);
             parts.insert(
                 name.clone(),
-                Part { name: name.clone(), shape, rank, gene: None, target: true, embedding },
+                Part { name: name.clone(), shape, rank, genes: Vec::new(), target: true, embedding },
             );
         }
-        let nothing_else = parts.is_empty() && coefficients.values().all(|&value| value == 0.0);
-        for module in gene.modules().iter().filter(|module| module.class == Class::LowRank) {
+        let all_zero = genes.iter().all(|(_, coefficients)| coefficients.values().all(|&value| value == 0.0));
+        let nothing_else = parts.is_empty() && all_zero;
+        let modules = genes.iter().flat_map(|(gene, coefficients)| {
+            gene.modules().iter().map(move |module| (*gene, *coefficients, module))
+        });
+        for (gene, coefficients, module) in modules.filter(|(.., module)| module.class == Class::LowRank) {
             let coefficient = coefficients.get(&module.layer).copied().unwrap_or(0.0) as f32;
             if coefficient == 0.0 && !nothing_else {
                 continue;
@@ -220,14 +226,14 @@ impl Plan {
                 name: name.clone(),
                 shape: module.shape,
                 rank: 0,
-                gene: None,
+                genes: Vec::new(),
                 target: false,
                 embedding: false,
             });
             part.rank += module.rank;
-            part.gene = Some(coefficient);
+            part.genes.push((gene, coefficient));
         }
-        let parts: Vec<Part> = parts.into_values().collect();
+        let parts: Vec<Part<'_>> = parts.into_values().collect();
         if parts.is_empty() {
             return Err(GeneError::EmptyAdapter);
         }

@@ -225,7 +225,7 @@ pub(crate) enum Command {
     Extract(Extract),
     /// Pair all tensors from headers alone: classes, layout differences, a forecast.
     Plan(Plan),
-    /// Put the shares of several workers together.
+    /// Put the shares of several workers together: of a gene, or of a merged model.
     Assemble(Assemble),
     /// Compute what a gene says about itself again.
     Verify(Verify),
@@ -359,20 +359,20 @@ pub(crate) enum Form {
 
 #[derive(Debug, Group)]
 pub(crate) struct Fuse {
-    /// The gene's folder.
-    #[arg(long, value_name = "GENE")]
-    pub(crate) gene: PathBuf,
-    /// Coefficients from `calibrate`.
+    /// The gene's folder; repeat it to add several genes in one sum.
+    #[arg(long, value_name = "GENE", required = true)]
+    pub(crate) gene: Vec<PathBuf>,
+    /// Coefficients from `calibrate`, one file for each gene, in their order.
     #[arg(
         long,
         value_name = "FILE",
         required_unless_present = "coefficient",
         conflicts_with = "coefficient"
     )]
-    pub(crate) expression: Option<PathBuf>,
-    /// One coefficient for all layers.
+    pub(crate) expression: Vec<PathBuf>,
+    /// One coefficient for all layers; one for all genes, or one for each.
     #[arg(long, value_name = "C")]
-    pub(crate) coefficient: Option<f64>,
+    pub(crate) coefficient: Vec<f64>,
     /// Folder of the target model, or of an adapter.
     #[arg(long, value_name = "DIR")]
     pub(crate) target: PathBuf,
@@ -391,6 +391,13 @@ pub(crate) struct Fuse {
     /// Leave out what an adapter cannot hold (norms, biases).
     #[arg(long)]
     pub(crate) drop_rest: bool,
+    /// Write a target of 8-bit weights with scales as bf16.
+    #[arg(long)]
+    pub(crate) dequantize: bool,
+    /// Share I of N, counted from 1, of a merged model's files [default: of a Slurm array or an indexed job, if this is a
+    /// task of one; else all].
+    #[arg(long, value_name = "I/N", value_parser = worker)]
+    pub(crate) worker: Option<stream::Worker>,
     /// Replace an output that exists; use an expression made for another gene or target.
     #[arg(long)]
     pub(crate) force: bool,

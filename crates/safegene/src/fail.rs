@@ -140,9 +140,9 @@ impl From<stream::StreamError> for Failure {
         let code = match &e {
             stream::StreamError::Checkpoint(c) => checkpoint_code(c),
             stream::StreamError::Gene(g) => gene_code(g),
-            stream::StreamError::OutsideCoefficient { .. } | stream::StreamError::NoWork { .. } => {
-                Code::Usage
-            }
+            stream::StreamError::OutsideCoefficient { .. }
+            | stream::StreamError::NoShares
+            | stream::StreamError::NoWork { .. } => Code::Usage,
             stream::StreamError::Interrupted { .. } | stream::StreamError::Incomplete { .. } => {
                 Code::Temporary
             }

@@ -11,6 +11,7 @@ use kernels::Engine;
 use serde_json::Value;
 
 use crate::extract::{Input, Ranks, Work, make};
+use crate::fuse::{self, FuseReport};
 use crate::pairing::pairs;
 use crate::parts::{self, Placed, Segments, Worker};
 use crate::{Extract, ExtractReport, Result, StreamError};
@@ -25,11 +26,26 @@ impl Placed for Any {
     }
 }
 
-/// Makes the gene at `out` from the workers' parts.
-pub fn assemble<E: Engine>(engine: &E, out: &Path, memory_bytes: u64, force: bool) -> Result<ExtractReport> {
+/// What was put together.
+#[derive(Debug)]
+pub enum Assembled {
+    /// A gene.
+    Gene(ExtractReport),
+    /// A merged model.
+    Model(FuseReport),
+}
+
+/// Makes the output at `out` from the workers' parts.
+pub fn assemble<E: Engine>(engine: &E, out: &Path, memory_bytes: u64, force: bool) -> Result<Assembled> {
     let nothing = || StreamError::NoWork { out: out.to_path_buf() };
     let folder = PartialFolder::find_work(out)?.ok_or_else(nothing)?;
-    let (work, _) = parts::read_all::<Work, Any>(&folder)?.ok_or_else(nothing)?;
+    let (found, _) = parts::read_all::<Value, Any>(&folder)?.ok_or_else(nothing)?;
+    if let Ok(work) = serde_json::from_value::<fuse::Work>(found.clone()) {
+        let changed = || StreamError::OtherWork { journal: folder.clone() };
+        let job = work.job(out, memory_bytes, force)?.ok_or_else(changed)?;
+        return fuse::assemble(&job).map(Assembled::Model);
+    }
+    let work: Work = serde_json::from_value(found).map_err(|_| nothing())?;
     let open = |input: &Input| -> Result<Arc<Checkpoint>> {
         let base = (input.base != input.dir).then_some(input.base.as_path());
         Ok(Arc::new(Checkpoint::open(&input.dir, base)?))
@@ -51,7 +67,7 @@ pub fn assemble<E: Engine>(engine: &E, out: &Path, memory_bytes: u64, force: boo
     if now != work {
         return Err(StreamError::OtherWork { journal: folder });
     }
-    make(engine, &job, &work, &pairs(&job.aligned, &job.degraded)?)
+    make(engine, &job, &work, &pairs(&job.aligned, &job.degraded)?).map(Assembled::Gene)
 }
 
 fn ranks(work: &Work) -> Option<Ranks> {

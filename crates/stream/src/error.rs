@@ -109,6 +109,17 @@ pub enum StreamError {
         /// Its file.
         file: PathBuf,
     },
+    /// A header could not be made.
+    #[error("cannot write a file like `{}`: {problem}", shown(.file))]
+    Layout {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Shares of an output that cannot be shared.
+    #[error("only a merged model is made in shares, not an adapter")]
+    NoShares,
     /// Told to stop.
     #[error("interrupted after {done} of {of} tensors")]
     Interrupted {
@@ -206,7 +217,10 @@ impl StreamError {
             StreamError::OneSided { .. } => "the folder may be a partial download",
             StreamError::UnsupportedDtype { .. } => "convert the checkpoint to bf16 first",
             StreamError::NonFinite { .. } => "the checkpoint is damaged, or its training diverged",
-            StreamError::ScaledTarget { .. } => "convert the target to bf16 first, or fuse as an adapter",
+            StreamError::ScaledTarget { .. } => {
+                "fuse with `--dequantize` (the output is bf16), or as an adapter"
+            }
+            StreamError::NoShares => "leave `--worker` out, or fuse `--as merged`",
             StreamError::Interrupted { .. } => "the same command goes on where it stopped",
             StreamError::Incomplete { .. } => "run the workers that are missing, then assemble again",
             StreamError::OtherWork { .. } => "remove the partial folder, or run the workers again",

@@ -229,7 +229,7 @@ impl Placed for Record {
 pub fn extract<E: Engine>(engine: &E, job: &Extract, progress: &dyn Progress) -> Result<ExtractReport> {
     let start = Instant::now();
     let pairs = pairs(&job.aligned, &job.degraded)?;
-    let share = share_of(in_file_order(pairs.iter().collect()), job.worker);
+    let share = share_of(in_file_order(pairs.iter().collect()), job.worker, |pair| pair.bytes());
     let input_bytes = share.iter().map(|pair| pair.bytes()).sum();
     let options = options(job);
     if let Some(mut report) = finished(job, &options, input_bytes)? {
@@ -713,14 +713,17 @@ pub(crate) fn make<E: Engine>(
                 digests[known].insert(unit.tensor.clone(), digest);
             }
         }
-        let given = |segments: &Segments| Given { file: part.clone(), segments: segments.clone() };
+        let given = |segments: &Segments| Given {
+            file: part.clone(),
+            segments: segments.iter().map(|(start, bytes, _)| (*start, *bytes)).collect(),
+        };
         let (name, shape) = (&record.tensor, &record.shape);
         match record.class {
             Class::Unchanged => writer.class_only(name, record.layer, shape, record.class, 0.0)?,
             Class::LeftOut => writer.class_only(name, record.layer, shape, record.class, record.energy)?,
             Class::Full => writer.full_given(name, shape, given(&record.values), record.energy)?,
             Class::RowPatch => {
-                let mut index = vec![0u8; record.rows.iter().map(|(_, bytes)| *bytes as usize).sum()];
+                let mut index = vec![0u8; record.rows.iter().map(|(_, bytes, _)| *bytes as usize).sum()];
                 read_parts(part, &record.rows, &mut index)?;
                 let rows: Vec<u64> =
                     index.as_chunks::<8>().0.iter().map(|row| u64::from_le_bytes(*row)).collect();
@@ -874,7 +877,7 @@ fn cut_to_budget<E: Engine>(
 /// The factors that a record names.
 fn stored_factors(record: &Record, part: &File) -> Result<LowRank> {
     let read = |segments: &Segments| -> Result<Vec<f32>> {
-        let mut bytes = vec![0u8; segments.iter().map(|(_, bytes)| *bytes as usize).sum()];
+        let mut bytes = vec![0u8; segments.iter().map(|(_, bytes, _)| *bytes as usize).sum()];
         read_parts(part, segments, &mut bytes)?;
         Ok(bytes.as_chunks::<4>().0.iter().map(|x| f32::from_le_bytes(*x)).collect())
     };
@@ -892,7 +895,7 @@ fn stored_factors(record: &Record, part: &File) -> Result<LowRank> {
 
 fn read_parts(part: &File, segments: &Segments, out: &mut [u8]) -> Result<()> {
     let mut at = 0;
-    for &(start, bytes) in segments {
+    for &(start, bytes, _) in segments {
         let to = at + bytes as usize;
         part.read_exact_at(&mut out[at..to], start).map_err(|source| CheckpointError::Io {
             action: "read",

@@ -21,11 +21,11 @@ mod pool;
 mod progress;
 mod verify;
 
-pub use assemble::assemble;
+pub use assemble::{Assembled, assemble};
 pub use error::{Result, StreamError};
 pub use extract::{Extract, ExtractReport, Ranks, extract};
 pub use flow::Stages;
-pub use fuse::{Form, Fuse, FuseReport, RECORD_FILE, fuse};
+pub use fuse::{Expressed, Form, Fuse, FuseReport, RECORD_FILE, fuse};
 pub use parts::Worker;
 pub use plan::{Becomes, Plan, Planned, plan};
 pub use progress::{NoProgress, Progress};

@@ -1,20 +1,28 @@
-//! Weights with something added, tensor by tensor into the target's own layout.
+//! Weights with something added, tensor by tensor into files like the target's own.
 //!
-//! The output has the target's files with their headers byte for byte. Whatever is added to a tensor (an adapter's
-//! product, the gene's factors, an exact difference) is summed in f32 first and rounded once. What nothing is added to
-//! keeps its bytes. Blocks of rows go through side by side; sums are added in the order of the blocks.
+//! The output has the target's files with their headers byte for byte, unless 8-bit weights are dequantized: those become
+//! bf16, and their scales go. Whatever is added to a tensor (adapters' products, genes' factors, exact differences) is
+//! summed in f32 first and rounded once. What nothing is added to keeps its bytes, shared with the target where the file
+//! system can. Blocks of rows go through side by side; sums are added in the order of the blocks.
 //!
-//! Not here: what is to be added; that is the plan's.
+//! A finished tensor is reported with the xxh3 of what was written, so that a later run can tell whether it is there.
+//!
+//! Not here: what is to be added (the plan's), and the journal.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::mpsc::channel;
 use std::sync::{Mutex, PoisonError};
 
-use checkpoint::{Checkpoint, Factors, FolderWriter, INDEX_FILE, PlacedShard, TensorInfo, Unit, module_of};
-use kernels::{AddStats, Dtype, Engine, Shape, Weights};
-use xxhash_rust::xxh3::Xxh3;
+use checkpoint::{
+    Checkpoint, Dtype as Stored, Factors, PlacedShard, TensorInfo, TensorSpec, Unit, module_of,
+    safetensors_header,
+};
+use kernels::{AddStats, Dtype, Engine, Scales, Shape, Weights};
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use crate::difference::first_non_finite;
+use crate::difference::{first_non_finite, scales_of};
 use crate::flow::{Limits, Stages, flow};
 use crate::pairing::float;
 use crate::{Progress, Result, StreamError};
@@ -23,6 +31,8 @@ use crate::{Progress, Result, StreamError};
 const BLOCK_BYTES: u64 = 16 << 20;
 /// One, so that the blocks of a tensor are read, and hashed, in their order.
 const READERS: usize = 1;
+/// Bytes that are written before they are sent to the disk: the disk works while the rest is computed.
+const FLUSH_BYTES: u64 = 64 << 20;
 
 /// What is to be added to one unit of the target.
 pub(crate) enum Addition {
@@ -32,30 +42,125 @@ pub(crate) enum Addition {
     Dense(f32, Vec<f32>),
 }
 
-/// Says what is to be added to a unit of the target, if anything.
+/// Says what is to be added to a unit of the target.
 pub(crate) trait Plan: Sync {
     /// Whether anything is.
     fn changes(&self, unit: &str) -> bool;
 
-    fn addition(&self, unit: &str) -> Result<Option<Addition>>;
+    /// In the order in which it is added.
+    fn additions(&self, unit: &str) -> Result<Vec<Addition>>;
 }
 
-/// What a merge did.
-#[derive(Debug, Clone, Copy, Default)]
+/// What a merge did to a tensor.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Merged {
-    /// Tensors of which an element is another one than without the plan.
-    pub(crate) tensors_changed: u64,
-    /// Such elements.
+    pub(crate) tensor: String,
+    /// The xxh3_128 of the target's tensor, in hexadecimal.
+    pub(crate) digest: String,
+    /// Place in the output's file, length and xxh3 of each block that was written.
+    pub(crate) written: Vec<(u64, u64, u64)>,
+    /// Elements that are others than without the plan.
     pub(crate) elements_changed: u64,
     /// Sums over all that was added, adapters included.
     pub(crate) intended_sumsq: f64,
     pub(crate) realised_sumsq: f64,
 }
 
+/// A file of the output.
+pub(crate) struct OutFile<'a> {
+    /// The target's.
+    pub(crate) source: &'a Path,
+    pub(crate) name: String,
+    /// Its header, if that is not the target's, and the length of its data.
+    header: Option<(Vec<u8>, u64)>,
+    pub(crate) tensors: Vec<OutTensor<'a>>,
+}
+
+/// A tensor of the output.
+pub(crate) struct OutTensor<'a> {
+    pub(crate) info: &'a TensorInfo,
+    dtype: Stored,
+    offset: u64,
+}
+
+impl OutFile<'_> {
+    /// Bytes that are read for it.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.tensors.iter().map(|tensor| tensor.info.bytes).sum()
+    }
+
+    /// Bytes of its tensors.
+    pub(crate) fn data_bytes(&self) -> u64 {
+        match &self.header {
+            None => self.bytes(),
+            Some((_, data_bytes)) => *data_bytes,
+        }
+    }
+
+    /// Opens it in a folder, or goes on with what is there.
+    pub(crate) fn open(&self, dir: &Path) -> Result<PlacedShard> {
+        let path = dir.join(&self.name);
+        Ok(match &self.header {
+            None => PlacedShard::like(self.source, &path)?,
+            Some((header, data_bytes)) => PlacedShard::with_header(&path, header, *data_bytes)?,
+        })
+    }
+}
+
+/// The files of the output of a target.
+pub(crate) fn out_files(target: &Checkpoint, dequantize: bool) -> Result<Vec<OutFile<'_>>> {
+    let shards = target.shards();
+    let scale_tensors: BTreeSet<String> = target.scale_tensors()?.into_iter().collect();
+    let scaled: BTreeSet<String> =
+        target.units()?.into_iter().filter(|unit| unit.scale.is_some()).map(|unit| unit.tensor).collect();
+    let mut files = Vec::new();
+    for source in shards.files() {
+        let name = source.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let infos = shards.in_file(source);
+        let in_8_bits = |info: &TensorInfo| scaled.contains(&info.name) || scale_tensors.contains(&info.name);
+        if let Some(info) = infos.iter().find(|info| in_8_bits(info))
+            && !dequantize
+        {
+            return Err(StreamError::ScaledTarget { tensor: info.name.clone(), file: source.clone() });
+        }
+        if !infos.iter().any(|info| in_8_bits(info)) {
+            let tensor = |info| OutTensor { info, dtype: info.dtype, offset: info.offset };
+            let tensors = infos.into_iter().map(tensor).collect();
+            files.push(OutFile { source, name, header: None, tensors });
+            continue;
+        }
+        let mut tensors: Vec<OutTensor<'_>> = infos
+            .into_iter()
+            .filter(|info| !scale_tensors.contains(&info.name))
+            .map(|info| {
+                let dtype = if scaled.contains(&info.name) { Stored::Bf16 } else { info.dtype };
+                OutTensor { info, dtype, offset: 0 }
+            })
+            .collect();
+        let specs: Vec<TensorSpec> = tensors
+            .iter()
+            .map(|tensor| (tensor.info.name.clone(), tensor.dtype, tensor.info.shape.clone()))
+            .collect();
+        let header = safetensors_header(shards.metadata(), &specs)
+            .map_err(|problem| StreamError::Layout { file: source.clone(), problem })?;
+        let mut offset = header.len() as u64;
+        for tensor in &mut tensors {
+            tensor.offset = offset;
+            offset += tensor.dtype.bytes_of(&tensor.info.shape).unwrap_or(0);
+        }
+        let data_bytes = offset - header.len() as u64;
+        files.push(OutFile { source, name, header: Some((header, data_bytes)), tensors });
+    }
+    Ok(files)
+}
+
 /// Some rows of a stored tensor, or all of it.
 struct Block<'a> {
     info: &'a TensorInfo,
+    to: Stored,
     file: usize,
+    /// Where it goes in that file.
+    offset: u64,
     /// Bytes of the tensor.
     start: u64,
     bytes: u64,
@@ -63,90 +168,103 @@ struct Block<'a> {
     units: Vec<&'a Unit>,
 }
 
-/// Writes the weights of `target` with the additions of `plan`, and the index if there is one.
+/// A tensor of which not all blocks are there yet.
+struct Unfinished {
+    left: u64,
+    blocks: BTreeMap<u64, (u64, u64, u64, Sums)>,
+}
+
+/// Writes the tensors of `files` but for `done` into `dir` with the additions of `plan`, and hands each to `keep`.
 pub(crate) fn merge<E: Engine>(
     engine: &E,
     target: &Checkpoint,
+    files: &[&OutFile<'_>],
+    done: &BTreeSet<String>,
     plan: &impl Plan,
-    writer: &FolderWriter,
+    dir: &Path,
     limits: &Limits<'_>,
     progress: &dyn Progress,
-) -> Result<(Merged, Stages, BTreeMap<String, u128>)> {
-    let shards = target.shards();
-    progress.stage("merging", target.tensors().iter().map(|info| info.bytes).sum());
+    mut keep: impl FnMut(Merged) -> Result<()>,
+) -> Result<Stages> {
     let units = target.units()?;
-    let scale_tensors = target.scale_tensors()?;
     let mut of_tensor: BTreeMap<&str, Vec<&Unit>> = BTreeMap::new();
     for unit in &units {
         of_tensor.entry(&unit.tensor).or_default().push(unit);
     }
-    let mut files: Vec<PlacedShard> = Vec::new();
+    let mut placed: Vec<PlacedShard> = Vec::new();
     let mut blocks: Vec<Block<'_>> = Vec::new();
-    for (at, file) in shards.files().iter().enumerate() {
-        let name = file.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
-        files.push(writer.shard_like(file, &name)?);
-        for info in shards.in_file(file) {
-            let units = of_tensor.get(info.name.as_str()).cloned().unwrap_or_default();
-            if scale_tensors.contains(&info.name) || units.iter().any(|unit| unit.scale.is_some()) {
-                return Err(StreamError::ScaledTarget { tensor: info.name.clone(), file: file.clone() });
-            }
-            cut(target, info, at, units, &mut blocks);
+    let mut unfinished: BTreeMap<&str, Unfinished> = BTreeMap::new();
+    for (at, file) in files.iter().enumerate() {
+        placed.push(file.open(dir)?);
+        for tensor in file.tensors.iter().filter(|tensor| !done.contains(&tensor.info.name)) {
+            let units = of_tensor.get(tensor.info.name.as_str()).cloned().unwrap_or_default();
+            let before = blocks.len();
+            cut(target, tensor, at, units, &mut blocks);
+            let left = (blocks.len() - before) as u64;
+            unfinished.insert(&tensor.info.name, Unfinished { left, blocks: BTreeMap::new() });
         }
     }
+    progress.stage("merging", blocks.iter().map(|block| block.bytes).sum());
     let merge = Merge { engine, target, plan, hashes: Mutex::default() };
-    let mut done: BTreeMap<usize, Merged> = BTreeMap::new();
-    let order: Vec<(usize, Block<'_>)> = blocks.into_iter().enumerate().collect();
     let limits = Limits { readers: READERS, ..*limits };
-    let stages = flow(
-        &order,
-        &limits,
-        |(_, block)| block.bytes.saturating_mul(3),
-        |(_, block)| merge.read(block),
-        |(_, block), bytes| merge.block(block, bytes),
-        |(at, block), (bytes, found)| {
-            // By one thread: a file takes one write at a time anyway.
-            files[block.file].write_at(block.info.offset + block.start, &bytes)?;
-            done.insert(*at, found);
-            progress.advance(block.bytes, &block.info.name);
+    let (written, to_flush) = channel::<usize>();
+    let (placed, merge) = (&placed, &merge);
+    std::thread::scope(|threads| {
+        let flusher = threads.spawn(move || -> Result<()> {
+            // Whatever has come meanwhile is one flush.
+            while let Ok(first) = to_flush.recv() {
+                let mut files: BTreeSet<usize> = to_flush.try_iter().collect();
+                files.insert(first);
+                files.into_iter().try_for_each(|file| placed[file].flush())?;
+            }
             Ok(())
-        },
-    )?;
-    for file in files {
-        file.finish()?;
-    }
-    let mut total = Merged::default();
-    let mut changed: Option<&str> = None;
-    for (at, part) in &done {
-        let name = order[*at].1.info.name.as_str();
-        if part.elements_changed > 0 && changed != Some(name) {
-            total.tensors_changed += 1;
-            changed = Some(name);
-        }
-        total.elements_changed += part.elements_changed;
-        total.intended_sumsq += part.intended_sumsq;
-        total.realised_sumsq += part.realised_sumsq;
-    }
-    // The same files with the same tensors: the index stays true.
-    if let Some(index) =
-        checkpoint::read_json::<BTreeMap<String, serde_json::Value>>(shards.dir(), INDEX_FILE)?
-    {
-        let mut text = serde_json::to_vec_pretty(&index).unwrap_or_default();
-        text.push(b'\n');
-        writer.file(INDEX_FILE, &text)?;
-    }
-    let hashes = merge.hashes.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let digests = hashes.into_iter().map(|(name, hash)| (name, hash.digest128())).collect();
-    Ok((total, stages, digests))
+        });
+        let mut since = 0;
+        let flowed = flow(
+            &blocks,
+            &limits,
+            |block| block.bytes.saturating_mul(if block.to == block.info.dtype { 3 } else { 12 }),
+            |block| merge.read(block),
+            |block, bytes| merge.block(block, bytes),
+            |block, (bytes, kept, sums)| {
+                // By one thread: a file takes one write at a time anyway.
+                let file = &placed[block.file];
+                if kept {
+                    file.keep_at(block.offset, &bytes)?
+                } else {
+                    file.write_at(block.offset, &bytes)?
+                };
+                since += bytes.len() as u64;
+                if since >= FLUSH_BYTES {
+                    since = 0;
+                    // The flusher is gone only after an error, which comes up at the end.
+                    let _ = written.send(block.file);
+                }
+                progress.advance(block.bytes, &block.info.name);
+                let Some(tensor) = unfinished.get_mut(block.info.name.as_str()) else { return Ok(()) };
+                let check = xxh3_64(&bytes);
+                tensor.blocks.insert(block.start, (block.offset, bytes.len() as u64, check, sums));
+                tensor.left -= 1;
+                if tensor.left == 0 { keep(merge.finished(&block.info.name, tensor)) } else { Ok(()) }
+            },
+        );
+        drop(written);
+        let flushed = flusher.join().unwrap_or(Ok(()));
+        let stages = flowed?;
+        flushed?;
+        Ok(stages)
+    })
 }
 
 /// Cuts a tensor into blocks of rows, unless something about it asks for all of it at once.
 fn cut<'a>(
     target: &Checkpoint,
-    info: &'a TensorInfo,
+    tensor: &OutTensor<'a>,
     file: usize,
     units: Vec<&'a Unit>,
     blocks: &mut Vec<Block<'a>>,
 ) {
+    let &OutTensor { info, dtype: to, offset } = tensor;
     let saved = target.adapter().is_some_and(|adapter| adapter.saved().contains_key(&info.name));
     let plain = match units[..] {
         [unit] => unit.slice.col_stride == 1 && unit.slice.start == 0 && unit.shape == info.shape && !saved,
@@ -154,14 +272,16 @@ fn cut<'a>(
     };
     let row_bytes = info.shape.first().filter(|rows| **rows > 0).map_or(0, |rows| info.bytes / rows);
     if !plain || info.shape.len() < 2 || row_bytes == 0 || info.bytes <= BLOCK_BYTES {
-        blocks.push(Block { info, file, start: 0, bytes: info.bytes, units });
+        blocks.push(Block { info, to, file, offset, start: 0, bytes: info.bytes, units });
         return;
     }
     let step = (BLOCK_BYTES / row_bytes).max(1) * row_bytes;
     let mut start = 0;
     while start < info.bytes {
         let bytes = step.min(info.bytes - start);
-        blocks.push(Block { info, file, start, bytes, units: units.clone() });
+        // Both formats have whole bytes.
+        let offset = offset + start / (info.dtype.bits() / 8) * (to.bits() / 8);
+        blocks.push(Block { info, to, file, offset, start, bytes, units: units.clone() });
         start += bytes;
     }
 }
@@ -191,7 +311,22 @@ impl<E: Engine, P: Plan> Merge<'_, E, P> {
         Ok(bytes)
     }
 
-    fn block(&self, block: &Block<'_>, mut bytes: Vec<u8>) -> Result<(Vec<u8>, Merged)> {
+    /// A tensor of which all blocks are there.
+    fn finished(&self, name: &str, tensor: &Unfinished) -> Merged {
+        let hashes = self.hashes.lock().unwrap_or_else(PoisonError::into_inner);
+        let digest = hashes.get(name).map_or(String::new(), |hash| format!("{:032x}", hash.digest128()));
+        let mut merged = Merged { tensor: name.to_owned(), digest, ..Merged::default() };
+        for (offset, bytes, check, sums) in tensor.blocks.values() {
+            merged.written.push((*offset, *bytes, *check));
+            merged.elements_changed += sums.changed;
+            merged.intended_sumsq += sums.intended;
+            merged.realised_sumsq += sums.realised;
+        }
+        merged
+    }
+
+    /// The new bytes of a block, whether they are the old ones, and its sums.
+    fn block(&self, block: &Block<'_>, bytes: Vec<u8>) -> Result<(Vec<u8>, bool, Sums)> {
         let info = block.info;
         let saved = self.target.adapter().and_then(|adapter| adapter.saved().get(&info.name));
         let stored = saved.unwrap_or(info);
@@ -200,83 +335,99 @@ impl<E: Engine, P: Plan> Merge<'_, E, P> {
             None => None,
         };
         let first = (block.start * info.elements()).checked_div(info.bytes).unwrap_or(0);
-        let mut merged = Merged::default();
         let changes = block.units.iter().any(|unit| self.plan.changes(&unit.name));
-        if adapter.is_none() && !changes && stored.dtype == info.dtype {
+        if adapter.is_none() && !changes && stored.dtype == block.to {
             if let Some(index) = float(stored.dtype).and_then(|dtype| first_non_finite(&bytes, dtype)) {
                 let (tensor, file) = (info.name.clone(), stored.file.clone());
                 return Err(StreamError::NonFinite { tensor, file, index: first + index });
             }
-        } else {
-            let unsupported = |info: &TensorInfo| StreamError::UnsupportedDtype {
-                tensor: info.name.clone(),
-                file: info.file.clone(),
-                dtype: info.dtype,
-            };
-            let from = float(stored.dtype).ok_or_else(|| unsupported(stored))?;
-            let to = float(info.dtype).ok_or_else(|| unsupported(info))?;
-            for unit in &block.units {
-                let part =
-                    self.unit(block, unit, (from, to), adapter.as_ref(), first, &mut bytes, &stored.file)?;
-                merged.elements_changed += part.elements_changed;
-                merged.intended_sumsq += part.intended_sumsq;
-                merged.realised_sumsq += part.realised_sumsq;
-            }
+            return Ok((bytes, saved.is_none(), Sums::default()));
         }
-        Ok((bytes, merged))
+        let unsupported = |info: &TensorInfo, dtype| StreamError::UnsupportedDtype {
+            tensor: info.name.clone(),
+            file: info.file.clone(),
+            dtype,
+        };
+        let from = float(stored.dtype).ok_or_else(|| unsupported(stored, stored.dtype))?;
+        let to = float(block.to).ok_or_else(|| unsupported(info, block.to))?;
+        // Else units are taken out of their tensor, and put where they came from.
+        let whole = matches!(block.units[..], [unit] if unit.slice.start == 0 && unit.slice.col_stride == 1);
+        let mut out = match (whole, from == to) {
+            (true, _) => Vec::new(),
+            (false, true) => bytes.clone(),
+            (false, false) => vec![0; bytes.len() / from.bytes() * to.bytes()],
+        };
+        let mut sums = Sums::default();
+        let mut bytes = bytes;
+        for unit in &block.units {
+            let part = self.unit(
+                block,
+                unit,
+                (from, to),
+                adapter.as_ref(),
+                (whole, first),
+                (&mut bytes, &mut out),
+                &stored.file,
+            )?;
+            sums.changed += part.changed;
+            sums.intended += part.intended;
+            sums.realised += part.realised;
+        }
+        Ok((out, false, sums))
     }
 
-    /// Adds to one unit of a block, in place.
+    /// Adds to one unit of a block.
     fn unit(
         &self,
         block: &Block<'_>,
         unit: &Unit,
         (from, to): (Dtype, Dtype),
         adapter: Option<&Factors>,
-        first: u64,
-        bytes: &mut Vec<u8>,
+        (whole, first): (bool, u64),
+        (bytes, out): (&mut Vec<u8>, &mut Vec<u8>),
         file: &Path,
-    ) -> Result<Merged> {
-        let addition = self.plan.addition(&unit.name)?;
+    ) -> Result<Sums> {
+        let additions = self.plan.additions(&unit.name)?;
         let at = |source| StreamError::kernel(&unit.name, file, source);
         let cols = unit.cols() as usize;
         let part = block.bytes < block.info.bytes;
         let rows = match part {
-            true => block.bytes as usize / (cols * to.bytes()).max(1),
+            true => block.bytes as usize / (cols * from.bytes()).max(1),
             false => unit.rows() as usize,
         };
         let shape = Shape { rows, cols };
         let first_row = if cols > 0 && part { first as usize / cols } else { 0 };
-        let weights =
-            Sum { engine: self.engine, from, to, shape, first_row, adapter, addition: addition.as_ref() };
-        let whole = unit.slice.start == 0
-            && unit.slice.col_stride == 1
-            && (part || unit.shape == block.info.shape || bytes.len() == rows * cols * from.bytes());
+        let scales = scales_of(self.target, unit)?
+            .map(|scales| Scales { origin: [scales.origin[0] + first_row, scales.origin[1]], ..scales });
+        let sum = Sum { engine: self.engine, from, to, shape, first_row, adapter, scales };
         let old = if whole { std::mem::take(bytes) } else { gather(bytes, unit, from.bytes()) };
         // What an adapter or another format changes anyway does not count.
-        let before = match (adapter, &addition) {
-            (_, None) => None,
-            (None, Some(_)) if from == to => None,
-            _ => Some(weights.add(old.clone(), false).map_err(at)?.0),
+        let before = match (adapter, additions.is_empty()) {
+            (_, true) => None,
+            (None, false) if from == to => None,
+            _ => Some(sum.add(old.clone(), &[]).map_err(at)?.0),
         };
-        let (new, stats) = weights.add(old, true).map_err(at)?;
-        let elements_changed = match &before {
+        let (new, stats) = sum.add(old, &additions).map_err(at)?;
+        let changed = match &before {
             Some(before) => differing(&new, before, to.bytes()),
-            None if addition.is_some() => stats.changed,
+            None if !additions.is_empty() => stats.changed,
             None => 0,
         };
         if whole {
-            *bytes = new;
+            *out = new;
         } else {
-            scatter(&new, unit, to.bytes(), bytes);
+            scatter(&new, unit, to.bytes(), out);
         }
-        Ok(Merged {
-            tensors_changed: 0,
-            elements_changed,
-            intended_sumsq: stats.intended_sumsq,
-            realised_sumsq: stats.realised_sumsq,
-        })
+        Ok(Sums { changed, intended: stats.intended_sumsq, realised: stats.realised_sumsq })
     }
+}
+
+/// Sums over a block.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sums {
+    changed: u64,
+    intended: f64,
+    realised: f64,
 }
 
 /// The elements of a unit inside its stored tensor, row-major.
@@ -307,7 +458,7 @@ fn differing(a: &[u8], b: &[u8], size: usize) -> u64 {
     a.chunks(size).zip(b.chunks(size)).filter(|(a, b)| a != b).count() as u64
 }
 
-/// `weights + adapter + addition` for some rows, rounded once to the format they go to.
+/// `weights + adapter + additions` for some rows, rounded once to the format they go to.
 struct Sum<'a, E> {
     engine: &'a E,
     from: Dtype,
@@ -315,60 +466,83 @@ struct Sum<'a, E> {
     shape: Shape,
     first_row: usize,
     adapter: Option<&'a Factors>,
-    addition: Option<&'a Addition>,
+    scales: Option<Scales>,
 }
 
 impl<E: Engine> Sum<'_, E> {
-    /// The sum, with or without the addition of the plan.
-    fn add(&self, mut bytes: Vec<u8>, with_addition: bool) -> kernels::Result<(Vec<u8>, AddStats)> {
-        let Sum { engine, from, to, shape, adapter, .. } = *self;
-        let addition = self.addition.filter(|_| with_addition);
-        let flat = Shape { rows: 1, cols: shape.len()? };
-        if from != to {
-            // A saved copy in another format: the sum in f32 as always, then that one rounding.
-            let zero = Weights::copied(&vec![0; shape.bytes(from)?], from, flat)?;
-            let pair = engine.pair(Weights::copied(&bytes, from, flat)?, zero)?;
-            let wide = engine.read(&engine.delta(&pair)?.0)?;
-            let sum = Sum { from: Dtype::F32, to: Dtype::F32, addition, ..*self };
-            let (sum, stats) = sum.add(bytemuck::cast_slice(&wide).to_vec(), true)?;
-            return Ok((engine.pack(&engine.matrix(&floats(&sum), flat)?, to)?, stats));
+    fn add(&self, bytes: Vec<u8>, additions: &[Addition]) -> kernels::Result<(Vec<u8>, AddStats)> {
+        let Sum { engine, from, to, shape, .. } = *self;
+        if from == to {
+            return self.add_in(bytes, to, additions);
         }
-        let product = |factors: &Factors| -> kernels::Result<(E::Matrix, E::Matrix)> {
+        // Another format: the sum in f32 as always, then that one rounding.
+        let flat = Shape { rows: 1, cols: shape.len()? };
+        let stored = Weights::copied(&bytes, from, shape)?;
+        let stored = if let Some(scales) = &self.scales { stored.scaled(scales.clone())? } else { stored };
+        let zero = Weights::copied(&vec![0; shape.bytes(Dtype::Bf16)?], Dtype::Bf16, shape)?;
+        let wide = engine.read(&engine.delta(&engine.pair(stored, zero)?)?.0)?;
+        let (sum, stats) = self.add_in(bytemuck::cast_slice(&wide).to_vec(), Dtype::F32, additions)?;
+        Ok((engine.pack(&engine.matrix(&floats(&sum), flat)?, to)?, stats))
+    }
+
+    /// Adds in one format: low-rank terms in one chain; where there is a dense one, as rows of one element each after the
+    /// sum of the others.
+    fn add_in(
+        &self,
+        mut bytes: Vec<u8>,
+        dtype: Dtype,
+        additions: &[Addition],
+    ) -> kernels::Result<(Vec<u8>, AddStats)> {
+        let Sum { engine, shape, .. } = *self;
+        let mut products: Vec<(f32, E::Matrix, E::Matrix)> = Vec::new();
+        let mut dense: Vec<(f32, &[f32])> = Vec::new();
+        let own = self.adapter.iter().map(|factors| (1.0, *factors));
+        let given = additions.iter().filter_map(|addition| match addition {
+            Addition::Product(c, factors) => Some((*c, factors)),
+            Addition::Dense(..) => None,
+        });
+        for (c, factors) in own.chain(given) {
             let rank = factors.rank;
             let b = &factors.b[self.first_row * rank..(self.first_row + shape.rows) * rank];
             let b = engine.matrix(b, Shape { rows: shape.rows, cols: rank })?;
-            Ok((b, engine.matrix(&factors.a, Shape { rows: rank, cols: factors.cols })?))
-        };
-        let adapter = adapter.map(|factors| Ok((factors.scale as f32, product(factors)?))).transpose()?;
-        let mut terms: Vec<_> = adapter.iter().map(|(scale, (b, a))| (*scale, b, a)).collect();
-        let stats = match addition {
-            None => engine.add_low_rank(&mut bytes, to, shape, &terms)?,
-            Some(Addition::Product(c, factors)) => {
-                let (b, a) = product(factors)?;
-                terms.push((*c * factors.scale as f32, &b, &a));
-                engine.add_low_rank(&mut bytes, to, shape, &terms)?
-            }
-            Some(Addition::Dense(c, delta)) => {
-                // As one row: a difference is a product of rank 1 with the number 1. What an adapter adds is made dense
-                // too.
+            let a = engine.matrix(&factors.a, Shape { rows: rank, cols: factors.cols })?;
+            products.push((c * factors.scale as f32, b, a));
+        }
+        for addition in additions {
+            if let Addition::Dense(c, delta) = addition {
                 let start = self.first_row * shape.cols;
-                let one = engine.matrix(&[1.0], Shape { rows: 1, cols: 1 })?;
-                let delta = engine.matrix(&delta[start..start + flat.cols], flat)?;
-                let dense = match terms.is_empty() {
-                    true => None,
-                    false => {
-                        let mut sum = vec![0; shape.bytes(Dtype::F32)?];
-                        engine.add_low_rank(&mut sum, Dtype::F32, shape, &terms)?;
-                        Some(engine.matrix(&floats(&sum), flat)?)
-                    }
-                };
-                let mut terms: Vec<_> = dense.iter().map(|dense| (1.0, &one, dense)).collect();
-                terms.push((*c, &one, &delta));
-                engine.add_low_rank(&mut bytes, to, flat, &terms)?
+                dense.push((*c, &delta[start..start + shape.len()?]));
             }
-        };
+        }
+        let terms: Vec<_> = products.iter().map(|(c, b, a)| (*c, b, a)).collect();
+        if dense.is_empty() {
+            let stats = engine.add_low_rank(&mut bytes, dtype, shape, &terms)?;
+            return Ok((bytes, stats));
+        }
+        // A difference is a product of rank 1 with the number 1, as one row.
+        let flat = Shape { rows: 1, cols: shape.len()? };
+        let one = engine.matrix(&[1.0], Shape { rows: 1, cols: 1 })?;
+        let mut whole: Vec<(f32, E::Matrix)> = Vec::new();
+        if !terms.is_empty() {
+            let mut sum = vec![0; shape.bytes(Dtype::F32)?];
+            engine.add_low_rank(&mut sum, Dtype::F32, shape, &terms)?;
+            whole.push((1.0, engine.matrix(&floats(&sum), flat)?));
+        }
+        for (c, delta) in dense {
+            whole.push((c, engine.matrix(delta, flat)?));
+        }
+        let terms: Vec<_> = whole.iter().map(|(c, delta)| (*c, &one, delta)).collect();
+        let stats = engine.add_low_rank(&mut bytes, dtype, flat, &terms)?;
         Ok((bytes, stats))
     }
+}
+
+/// Whether a file holds what was written of a tensor.
+pub(crate) fn is_there(file: &PlacedShard, merged: &Merged) -> bool {
+    merged.written.iter().all(|&(offset, bytes, check)| {
+        let mut found = vec![0u8; bytes as usize];
+        file.read_at(offset, &mut found).is_ok() && xxh3_64(&found) == check
+    })
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {

@@ -68,17 +68,17 @@ pub(crate) fn in_file_order(mut pairs: Vec<&Pair>) -> Vec<&Pair> {
     pairs
 }
 
-/// One worker's share of pairs in file order: runs of about the same bytes.
-pub(crate) fn share_of(pairs: Vec<&Pair>, worker: Worker) -> Vec<&Pair> {
-    // A tensor costs something even if it is empty.
-    let cost = |pair: &Pair| u128::from(pair.bytes()) + 4096;
-    let total: u128 = pairs.iter().map(|pair| cost(pair)).sum();
+/// One worker's share of items in an order in which neighbours lie together: runs of about the same bytes.
+pub(crate) fn share_of<T>(items: Vec<T>, worker: Worker, bytes: impl Fn(&T) -> u64) -> Vec<T> {
+    // An item costs something even if it is empty.
+    let cost = |item: &T| u128::from(bytes(item)) + 4096;
+    let total: u128 = items.iter().map(cost).sum();
     let mut before = 0u128;
-    pairs
+    items
         .into_iter()
-        .filter(|pair| {
-            let middle = 2 * before + cost(pair);
-            before += cost(pair);
+        .filter(|item| {
+            let middle = 2 * before + cost(item);
+            before += cost(item);
             let bin = middle * u128::from(worker.of) / (2 * total.max(1));
             bin.min(u128::from(worker.of) - 1) == u128::from(worker.index) - 1
         })
@@ -202,7 +202,9 @@ mod tests {
         for of in [1, 2, 3, 7, 40] {
             let mut names = Vec::new();
             for index in 1..=of {
-                let share = share_of(in_file_order(pairs.iter().collect()), Worker { index, of });
+                let share = share_of(in_file_order(pairs.iter().collect()), Worker { index, of }, |pair| {
+                    pair.bytes()
+                });
                 let cost: u64 = share.iter().map(|pair| pair.bytes() + 4096).sum();
                 assert!(cost <= total / u64::from(of) + largest, "worker {index} of {of}: {cost}");
                 names.extend(share.iter().map(|pair| pair.name.clone()));

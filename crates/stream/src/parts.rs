@@ -2,7 +2,8 @@
 //!
 //! A journal is JSON by lines. The first says what the work is; each other is a finished tensor and where its values lie
 //! in the part file beside it, and ends with the xxh3 of the line before that field. A line that is torn, and everything
-//! after it, counts as not written; so does a journal that begins with other work. Values are written before their line.
+//! after it, counts as not written; so does a journal that begins with other work. Values are written before their line,
+//! and count if they are those that the line names, by their xxh3: after a power cut a line may be there without them.
 //!
 //! Not here: what a result means.
 
@@ -20,8 +21,10 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{Result, StreamError};
 
-/// Where values lie in a part file: starts and lengths in bytes.
-pub(crate) type Segments = Vec<(u64, u64)>;
+/// Where values lie in a part file: start and length in bytes, and the xxh3 of them.
+pub(crate) type Segment = (u64, u64, u64);
+/// Values in pieces.
+pub(crate) type Segments = Vec<Segment>;
 
 /// One of N shares of the work, counted from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,10 +61,10 @@ pub(crate) struct Values {
 
 impl Values {
     /// Writes values; they count once a line names them.
-    pub(crate) fn write(&self, bytes: &[u8]) -> Result<(u64, u64)> {
+    pub(crate) fn write(&self, bytes: &[u8]) -> Result<Segment> {
         let start = self.end.fetch_add(bytes.len() as u64, Ordering::SeqCst);
         self.part.write_all_at(bytes, start).map_err(write_error(&self.path))?;
-        Ok((start, bytes.len() as u64))
+        Ok((start, bytes.len() as u64, xxh3_64(bytes)))
     }
 }
 
@@ -103,8 +106,12 @@ impl Log {
             Some((same, records, valid_bytes)) if same == *work => (records, valid_bytes),
             _ => (Vec::new(), 0),
         };
-        let end =
-            records.iter().flat_map(Placed::segments).map(|(start, bytes)| start + bytes).max().unwrap_or(0);
+        let end = records
+            .iter()
+            .flat_map(Placed::segments)
+            .map(|(start, bytes, _)| start + bytes)
+            .max()
+            .unwrap_or(0);
         journal.set_len(valid_bytes).map_err(write_error(&journal_path))?;
         part.set_len(end).map_err(write_error(&part_path))?;
         if valid_bytes == 0 {
@@ -145,7 +152,7 @@ fn read<W: DeserializeOwned, T: DeserializeOwned + Placed>(path: &Path) -> Resul
             return Err(CheckpointError::Io { action: "read", path: path.to_path_buf(), source }.into());
         }
     };
-    let part_bytes = fs::metadata(path.with_extension("part")).map_or(0, |kind| kind.len());
+    let part = File::open(path.with_extension("part")).ok();
     let mut reader = BufReader::new(file);
     let (mut work, mut records, mut valid_bytes) = (None, Vec::new(), 0u64);
     let mut text = String::new();
@@ -161,7 +168,7 @@ fn read<W: DeserializeOwned, T: DeserializeOwned + Placed>(path: &Path) -> Resul
             work = Some(found);
         } else {
             let Some(found) = parse::<T>(body) else { break };
-            if found.segments().iter().any(|(start, bytes)| start.saturating_add(*bytes) > part_bytes) {
+            if !found.segments().iter().all(|segment| holds(part.as_ref(), *segment)) {
                 break;
             }
             records.push(found);
@@ -169,6 +176,15 @@ fn read<W: DeserializeOwned, T: DeserializeOwned + Placed>(path: &Path) -> Resul
         valid_bytes += text.len() as u64;
     }
     Ok(work.map(|work| (work, records, valid_bytes)))
+}
+
+/// Whether a part file has these values.
+fn holds(part: Option<&File>, (start, bytes, check): Segment) -> bool {
+    let Some(part) = part else { return false };
+    let inside =
+        part.metadata().is_ok_and(|kind| start.checked_add(bytes).is_some_and(|end| end <= kind.len()));
+    let mut values = vec![0u8; if inside { bytes as usize } else { 0 }];
+    inside && part.read_exact_at(&mut values, start).is_ok() && xxh3_64(&values) == check
 }
 
 /// Records, each with the part file that its values lie in.
@@ -277,6 +293,11 @@ mod tests {
         assert_eq!(read::<String, Record>(&path).unwrap().unwrap().1.len(), 1);
         fs::write(&path, &whole).unwrap();
         fs::write(path.with_extension("part"), &part[..5]).unwrap();
+        assert_eq!(read::<String, Record>(&path).unwrap().unwrap().1.len(), 1);
+        // Values that never reached the disk.
+        let mut lost = part.clone();
+        lost[4] ^= 1;
+        fs::write(path.with_extension("part"), &lost).unwrap();
         assert_eq!(read::<String, Record>(&path).unwrap().unwrap().1.len(), 1);
     }
 }

@@ -160,17 +160,12 @@ fn fuse(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
         copies.push(copy(&target, &pair.dir.join("copy"))?);
         let start = Instant::now();
         let gene = Gene::open(&gene_dir)?;
+        let coefficients = gene.layers().into_iter().map(|layer| (layer, 1.0)).collect();
         let work = stream::Fuse {
-            coefficients: gene.layers().into_iter().map(|layer| (layer, 1.0)).collect(),
-            gene,
-            target: pair.side("degraded")?,
-            out: pair.dir.join("fused"),
-            form: stream::Form::Merged,
-            outside: None,
-            drop_rest: false,
             force: true,
             memory_bytes,
-            stop: std::sync::Arc::default(),
+            dequantize: job.kind == Kind::Fp8,
+            ..stream::Fuse::new(gene, coefficients, pair.side("degraded")?, &pair.dir.join("fused"))
         };
         last = Some(stream::fuse(&kernels::CpuEngine::new(), &work, &stream::NoProgress)?);
         walls.push(start.elapsed().as_secs_f64());

@@ -155,18 +155,9 @@ impl Lab<'_> {
         out: &Path,
         task: &[DataRow],
     ) -> Result<State, Failure> {
-        let job = stream::Fuse {
-            gene: Gene::open(self.gene.dir())?,
-            coefficients: found.coefficients.clone(),
-            target,
-            out: out.to_path_buf(),
-            form: stream::Form::Merged,
-            outside: None,
-            drop_rest: false,
-            force: true,
-            memory_bytes: 1 << 30,
-            stop: std::sync::Arc::default(),
-        };
+        let gene = Gene::open(self.gene.dir())?;
+        let job =
+            stream::Fuse { force: true, ..stream::Fuse::new(gene, found.coefficients.clone(), target, out) };
         stream::fuse(&kernels::CpuEngine::new(), &job, &stream::NoProgress)?;
         let fused = Checkpoint::open(out, None)?;
         self.state(&Model::open(&fused)?, &Attachments::none(), &chat_of(&fused)?, task)

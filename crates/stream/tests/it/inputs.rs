@@ -3,13 +3,12 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use checkpoint::{Dtype, TensorSpec, default_metadata, pack_f32, safetensors_bytes};
 use gene::Gene;
 use kernels::{CpuEngine, reference};
 use serde_json::{Value, json};
-use stream::{Becomes, Extract, ExtractReport, Form, Fuse, NoProgress, Ranks, extract, fuse, plan};
+use stream::{Becomes, Extract, ExtractReport, Fuse, NoProgress, Ranks, StreamError, extract, fuse, plan};
 use tempfile::tempdir;
 
 use crate::folders::{names, noise, open, sumsq, to_bf16};
@@ -115,18 +114,8 @@ fn gene_of_experts_fuses_into_stacks_and_into_single_ones() {
     let mut changed = Vec::new();
     for (target, out) in [(&single, path("out1")), (&stacks, path("out2"))] {
         let gene = Gene::open(&path("gene")).unwrap();
-        let job = Fuse {
-            coefficients: gene.layers().into_iter().map(|layer| (layer, 1.5)).collect(),
-            gene,
-            target: open(target),
-            out,
-            form: Form::Merged,
-            outside: None,
-            drop_rest: false,
-            force: false,
-            memory_bytes: 1 << 30,
-            stop: Arc::default(),
-        };
+        let coefficients = gene.layers().into_iter().map(|layer| (layer, 1.5)).collect();
+        let job = Fuse::new(gene, coefficients, open(target), &out);
         changed.push(fuse(&CpuEngine::new(), &job, &NoProgress).unwrap().elements_changed);
     }
     assert!(changed[0] > 1000 && changed[0] == changed[1], "{changed:?}");
@@ -177,4 +166,28 @@ fn scaled_8_bit_weights_are_subtracted_as_what_they_stand_for() {
     assert_eq!(report.modules.len(), 1);
     assert!((report.energy - sumsq(&difference)).abs() <= 1e-12 * report.energy);
     assert!(report.noise_floor > 0.0);
+
+    // Into the degraded side: refused as it is, and as bf16 one rounding away from the exact sum.
+    let gene = || Gene::open(&dir.path().join("gene")).unwrap();
+    let job = |out: &str| Fuse::new(gene(), [(0, 1.0)].into(), open(&d), &dir.path().join(out));
+    let error = fuse(&CpuEngine::new(), &job("out"), &NoProgress).unwrap_err();
+    assert!(matches!(error, StreamError::ScaledTarget { .. }), "{error}");
+    assert!(!dir.path().join("out.partial").exists());
+    let job = Fuse { dequantize: true, ..job("out") };
+    let fused = fuse(&CpuEngine::new(), &job, &NoProgress).unwrap();
+    let out = open(&job.out);
+    let stored: Vec<&str> = out.tensors().iter().map(|info| info.name.as_str()).collect();
+    assert_eq!((stored, out.tensors()[0].dtype), (vec![name], Dtype::Bf16));
+    assert!(out.config().raw.get("quantization_config").is_none());
+    assert_eq!(out.config().raw["model_type"], "deepseek_v3");
+    let factors = gene().factors(name.strip_suffix(".weight").unwrap()).unwrap();
+    let mut changed = 0;
+    for (i, got) in out.read_f32(name).unwrap().into_iter().enumerate() {
+        let (row, col) = (i / cols, i % cols);
+        let chain = (0..factors.rank)
+            .fold(0.0f32, |s, k| factors.b[row * factors.rank + k].mul_add(factors.a[k * cols + col], s));
+        assert_eq!(got, to_bf16(d_values[i] as f32 + chain), "element {i}");
+        changed += u64::from(got != to_bf16(d_values[i] as f32));
+    }
+    assert_eq!(fused.elements_changed, changed);
 }

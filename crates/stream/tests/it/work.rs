@@ -10,7 +10,8 @@ use checkpoint::Dtype;
 use gene::{Class, Gene};
 use kernels::CpuEngine;
 use stream::{
-    Extract, ExtractReport, NoProgress, Progress, Ranks, StreamError, Worker, assemble, extract, verify,
+    Assembled, Extract, ExtractReport, NoProgress, Progress, Ranks, StreamError, Worker, assemble, extract,
+    verify,
 };
 use tempfile::{TempDir, tempdir};
 
@@ -243,7 +244,8 @@ fn files_left_by_a_run_that_was_killed_while_it_wrote_the_gene_do_not_matter() {
     for name in [".work/values.part", "adapter_model.safetensors", "rest.safetensors", "of-another-run"] {
         fs::write(partial.join(name), b"torn").unwrap();
     }
-    let report = assemble(&CpuEngine::new(), &bench.out("gene"), 1 << 30, false).unwrap();
+    let made = assemble(&CpuEngine::new(), &bench.out("gene"), 1 << 30, false).unwrap();
+    let Assembled::Gene(report) = made else { panic!("{made:?}") };
     assert!(!report.already && files(&bench.out("gene")) == plain);
     assert_eq!(fs::read_dir(bench.out("gene")).unwrap().count(), plain.len(), "hidden files stay behind");
 }
