@@ -31,13 +31,38 @@ pub struct Ceilings {
 }
 
 impl Ceilings {
-    /// Measures; the read rate is that of these files, in 16 MB blocks.
-    pub fn measure(files: &[PathBuf]) -> Result<Ceilings, BenchError> {
-        let read = median(|| read(files))?;
+    /// Measures; the read rate is that of these files, in 16 MB blocks, from the disk if `cold`.
+    pub fn measure(files: &[PathBuf], cold: bool) -> Result<Ceilings, BenchError> {
+        let read = median(|| {
+            if cold {
+                forget(files)?;
+            }
+            read(files)
+        })?;
         let copy = median(|| Ok(copy()))?;
         let gemm = median(gemm)?;
         Ok(Ceilings { read_gb_s: read / 1e9, copy_gb_s: copy / 1e9, gemm_gf_s: gemm / 1e9 })
     }
+}
+
+/// Takes files out of the page cache.
+pub fn forget(files: &[PathBuf]) -> Result<(), BenchError> {
+    let io = |path: &PathBuf| {
+        let path = path.clone();
+        move |source| BenchError::Io { path, source }
+    };
+    files.iter().try_for_each(|path| checkpoint::forget(path).map_err(io(path)))
+}
+
+/// Has the system write everything that it still holds back, so that it does not do so later, beside what is measured.
+pub fn flush_all() {
+    rustix::fs::sync();
+}
+
+/// The share of files that is in the page cache, about.
+pub fn cached_share(files: &[PathBuf]) -> f64 {
+    let shares = files.iter().map(|path| checkpoint::cached_share_of(path).unwrap_or(1.0));
+    shares.sum::<f64>() / files.len().max(1) as f64
 }
 
 fn median(rate: impl Fn() -> Result<f64, BenchError>) -> Result<f64, BenchError> {

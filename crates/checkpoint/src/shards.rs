@@ -3,13 +3,12 @@
 //! Either `model.safetensors` alone, or the shards that `model.safetensors.index.json` names. The index decides, and it
 //! is checked both ways against the headers: each entry is in the shard it names, and each tensor of a shard is in the
 //! index. Files that the index does not name are ignored. Headers are read at `open`; tensors by positioned reads of
-//! exactly their bytes, never through a mapping, so that a file that shrinks is an error and not a signal.
+//! their bytes (`io`), never through a mapping, so that a file that shrinks is an error and not a signal.
 //!
 //! Not here: values and dtypes as numbers (`values`), adapters (`adapter`).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
@@ -18,6 +17,7 @@ use crate::dtype::{Dtype, elements};
 use crate::error::{CheckpointError, Result};
 use crate::files::{has_ending, is_pickle, names, open_inside, read_json};
 use crate::header::{Header, read_header};
+use crate::io::Source;
 use crate::layout::{INDEX_FILE, MODEL_FILE};
 
 /// Where a tensor lies and what it is.
@@ -50,7 +50,7 @@ pub struct ShardSet {
     dir: PathBuf,
     files: Vec<PathBuf>,
     metadata: BTreeMap<String, String>,
-    open: HashMap<PathBuf, File>,
+    open: HashMap<PathBuf, Source>,
     tensors: Vec<TensorInfo>,
 }
 
@@ -171,7 +171,7 @@ impl ShardSet {
         }
         self.metadata.extend(header.metadata);
         self.files.push(path.clone());
-        self.open.insert(path, file);
+        self.open.insert(path, Source::new(file));
     }
 
     fn sorted(mut self) -> Result<ShardSet> {
@@ -222,6 +222,11 @@ impl ShardSet {
         found
     }
 
+    /// Whether some of the files are read past the page cache; their first reads decide.
+    pub fn is_direct(&self) -> bool {
+        self.open.values().any(Source::is_direct)
+    }
+
     /// The bytes of one tensor.
     pub fn read(&self, info: &TensorInfo) -> Result<Vec<u8>> {
         self.known(info)?;
@@ -245,7 +250,7 @@ impl ShardSet {
     }
 
     /// The open file of a tensor that is one of this set's own.
-    fn known(&self, info: &TensorInfo) -> Result<&File> {
+    fn known(&self, info: &TensorInfo) -> Result<&Source> {
         match self.open.get(&info.file) {
             Some(file) if self.get(&info.name) == Some(info) => Ok(file),
             _ => Err(CheckpointError::UnknownTensor { tensor: info.name.clone(), dir: self.dir.clone() }),

@@ -181,6 +181,9 @@ pub(crate) struct BenchRun {
     /// Rank of the factors.
     #[arg(long, default_value_t = 16, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(crate) rank: u32,
+    /// Take the inputs out of the page cache before each run, and read them from the disk.
+    #[arg(long)]
+    pub(crate) cold: bool,
     /// Runs; the median counts.
     #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=99))]
     pub(crate) rounds: u32,

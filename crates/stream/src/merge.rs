@@ -205,7 +205,7 @@ pub(crate) fn merge<E: Engine>(
         }
     }
     progress.stage("merging", blocks.iter().map(|block| block.bytes).sum());
-    let merge = Merge { engine, target, plan, hashes: Mutex::default() };
+    let merge = Merge { engine, target, plan, hashes: Mutex::default(), free: Mutex::default() };
     let limits = Limits { readers: READERS, ..*limits };
     let (written, to_flush) = channel::<usize>();
     let (placed, merge) = (&placed, &merge);
@@ -244,6 +244,7 @@ pub(crate) fn merge<E: Engine>(
                 let Some(tensor) = unfinished.get_mut(block.info.name.as_str()) else { return Ok(()) };
                 let check = xxh3_64(&bytes);
                 tensor.blocks.insert(block.start, (block.offset, bytes.len() as u64, check, sums));
+                merge.free.lock().unwrap_or_else(PoisonError::into_inner).push(bytes);
                 tensor.left -= 1;
                 if tensor.left == 0 { keep(merge.finished(&block.info.name, tensor)) } else { Ok(()) }
             },
@@ -292,6 +293,8 @@ struct Merge<'a, E, P> {
     plan: &'a P,
     /// Of the base's tensors, as far as they were read.
     hashes: Mutex<BTreeMap<String, Xxh3>>,
+    /// Buffers that blocks were in: fresh memory costs more than the bytes read into it.
+    free: Mutex<Vec<Vec<u8>>>,
 }
 
 impl<E: Engine, P: Plan> Merge<'_, E, P> {
@@ -301,7 +304,8 @@ impl<E: Engine, P: Plan> Merge<'_, E, P> {
         if self.target.adapter().is_some_and(|adapter| adapter.saved().contains_key(&block.info.name)) {
             return Ok(self.target.read_stored(&block.info.name)?.1);
         }
-        let mut bytes = vec![0u8; block.bytes as usize];
+        let mut bytes = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        bytes.resize(block.bytes as usize, 0);
         self.target.shards().read_at(block.info, block.start, &mut bytes)?;
         let mut hashes = self.hashes.lock().unwrap_or_else(PoisonError::into_inner);
         match hashes.get_mut(&block.info.name) {

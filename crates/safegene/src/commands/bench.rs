@@ -30,10 +30,14 @@ pub(super) fn run(job: &Bench, memory_bytes: u64, ui: &Ui) -> Result<(), Failure
         }
         Bench::Read(job) => {
             let pair = Pair::of(job, ui)?;
-            let ceilings = Ceilings::measure(&pair.files()?)?;
+            let files = pair.files()?;
+            let ceilings = Ceilings::measure(&files, job.cold)?;
+            let (ours_gb_s, direct) = read_units(&pair, job, &files)?;
             let facts = serde_json::json!({"type": "bench", "schema": 1, "bench": "read", "model": job.model,
-                "machine": Machine::new(), "ceilings": ceilings});
-            report(job, &facts, ui, &[]);
+                "cold": job.cold, "machine": Machine::new(), "ceilings": ceilings, "reader_gb_s": ours_gb_s,
+                "past_the_cache": direct});
+            let way = if direct { "past the page cache" } else { "through the page cache" };
+            report(job, &facts, ui, &[format!("reader    {ours_gb_s:.2} GB/s, {way}")]);
             Ok(())
         }
         Bench::Extract(job) => extract(job, memory_bytes, ui),
@@ -86,14 +90,47 @@ impl Pair {
     }
 }
 
+/// Gigabytes a second that the stream's reader takes from both sides, tensor by tensor, and whether past the cache.
+fn read_units(pair: &Pair, job: &BenchRun, files: &[PathBuf]) -> Result<(f64, bool), Failure> {
+    let (mut rates, mut direct) = (Vec::new(), false);
+    for _ in 0..job.rounds {
+        if job.cold {
+            ::bench::forget(files)?;
+        }
+        let sides = [pair.side("aligned")?, pair.side("degraded")?];
+        let start = Instant::now();
+        let read = |side: &Checkpoint| -> Result<u64, Failure> {
+            let shards = side.shards();
+            let mut buffer = Vec::new();
+            let mut total = 0;
+            for info in shards.files().iter().flat_map(|file| shards.in_file(file)) {
+                buffer.resize(info.bytes as usize, 0u8);
+                shards.read_at(info, 0, &mut buffer)?;
+                total += info.bytes;
+            }
+            Ok(total)
+        };
+        let (a, d) = rayon::join(|| read(&sides[0]), || read(&sides[1]));
+        rates.push((a? + d?) as f64 / start.elapsed().as_secs_f64() / 1e9);
+        direct |= sides.iter().any(|side| side.shards().is_direct());
+    }
+    Ok((median(&mut rates), direct))
+}
+
 fn extract(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
     let pair = Pair::of(job, ui)?;
     let ranks = stream::Ranks::Fixed(job.rank as usize);
     let operations = stream::plan(&pair.side("aligned")?, &pair.side("degraded")?, ranks)?.operations;
     let out = pair.dir.join("gene");
+    let files = pair.files()?;
     let mut walls = Vec::new();
+    let mut cached = 1.0f64;
     let mut last = None;
     for _ in 0..job.rounds {
+        if job.cold {
+            ::bench::forget(&files)?;
+        }
+        cached = cached.min(::bench::cached_share(&files));
         let start = Instant::now();
         let work = stream::Extract {
             force: true,
@@ -109,14 +146,14 @@ fn extract(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
     let Some(found) = last else { return Ok(()) };
     // Before the limits are measured, which takes memory of its own.
     let rss = ::bench::peak_rss_bytes();
-    let ceilings = Ceilings::measure(&pair.files()?)?;
+    let ceilings = Ceilings::measure(&files, job.cold)?;
     let wall_s = median(&mut walls);
     let rate = found.input_bytes as f64 / wall_s / 1e9;
     let (read_s, gemm_s) =
         (found.input_bytes as f64 / 1e9 / ceilings.read_gb_s, operations / 1e9 / ceilings.gemm_gf_s);
     let (binding, bound_s) = if read_s > gemm_s { ("read", read_s) } else { ("gemm", gemm_s) };
     let facts = serde_json::json!({"type": "bench", "schema": 1, "bench": "extract", "model": job.model,
-        "rank": job.rank, "machine": Machine::new(), "ceilings": ceilings, "wall_s": wall_s, "walls_s": walls,
+        "rank": job.rank, "cold": job.cold, "cached_share": cached, "machine": Machine::new(), "ceilings": ceilings, "wall_s": wall_s, "walls_s": walls,
         "input_bytes": found.input_bytes, "input_gb_s": rate, "operations": operations,
         "gf_s": operations / wall_s / 1e9, "binding": binding, "share_of_binding": bound_s / wall_s,
         "stages": found.stages, "captured": found.captured, "captured_upper_bound": found.captured_upper_bound,
@@ -134,6 +171,7 @@ fn extract(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
             "accuracy  captured {:.5}, at most {:.5}, rounding {:.5}",
             found.captured, found.captured_upper_bound, found.noise_floor
         ),
+        format!("cache     at least {:.0} % of the input before each run", 100.0 * cached),
         format!("memory    {} at most, of a budget of {}", bytes(rss.unwrap_or(0)), bytes(memory_bytes)),
     ];
     report(job, &facts, ui, &lines);
@@ -155,9 +193,13 @@ fn fuse(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
     let (mut walls, mut copies) = (Vec::new(), Vec::new());
     let mut last = None;
     for _ in 0..job.rounds {
-        // An old output is not this round's work.
-        let _ = std::fs::remove_dir_all(pair.dir.join("fused"));
-        copies.push(copy(&target, &pair.dir.join("copy"))?);
+        // Old outputs are not this round's work, and what was written before is not either.
+        let copied = pair.dir.join("copy");
+        let _ = (std::fs::remove_dir_all(pair.dir.join("fused")), std::fs::remove_dir_all(&copied));
+        ::bench::flush_all();
+        copies.push(copy(&target, &copied)?);
+        let _ = std::fs::remove_dir_all(&copied);
+        ::bench::flush_all();
         let start = Instant::now();
         let gene = Gene::open(&gene_dir)?;
         let coefficients = gene.layers().into_iter().map(|layer| (layer, 1.0)).collect();
@@ -170,7 +212,6 @@ fn fuse(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
         last = Some(stream::fuse(&kernels::CpuEngine::new(), &work, &stream::NoProgress)?);
         walls.push(start.elapsed().as_secs_f64());
     }
-    let _ = std::fs::remove_dir_all(pair.dir.join("copy"));
     let Some(found) = last else { return Ok(()) };
     let (wall_s, copy_s) = (median(&mut walls), median(&mut copies));
     let facts = serde_json::json!({"type": "bench", "schema": 1, "bench": "fuse", "model": job.model, "rank": job.rank,
