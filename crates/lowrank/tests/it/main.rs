@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // the helpers of tests are tests
 
+mod bounds;
 mod dense;
 mod products;
 

@@ -23,13 +23,13 @@ fn run(aligned: &Path, degraded: &Path, out: &Path, rank: usize) -> Result<Extra
 }
 
 /// The exact difference of a tensor of two models.
-fn delta(aligned: &Tensors, degraded: &Tensors, name: &str) -> Vec<f64> {
+pub(crate) fn delta(aligned: &Tensors, degraded: &Tensors, name: &str) -> Vec<f64> {
     aligned[name].1.iter().zip(&degraded[name].1).map(|(a, d)| f64::from(*a) - f64::from(*d)).collect()
 }
 
 /// Checks the factors and the certificate of a module against its difference; returns energy and what is missed.
 #[track_caller]
-fn check_module(gene: &Gene, weight: &str, delta: &[f64]) -> (f64, f64) {
+pub(crate) fn check_module(gene: &Gene, weight: &str, delta: &[f64]) -> (f64, f64) {
     let name = weight.strip_suffix(".weight").unwrap();
     let module = gene.module(name).unwrap();
     let factors = gene.factors(name).unwrap();

@@ -17,7 +17,7 @@ const EXPERTS: usize = 3;
 const INNER: usize = 20;
 const HIDDEN: usize = 32;
 
-fn write(dir: &Path, config: Value, tensors: &[(TensorSpec, Vec<u8>)]) -> PathBuf {
+pub(crate) fn write(dir: &Path, config: Value, tensors: &[(TensorSpec, Vec<u8>)]) -> PathBuf {
     fs::create_dir_all(dir).unwrap();
     fs::write(dir.join("config.json"), config.to_string()).unwrap();
     fs::write(dir.join("model.safetensors"), safetensors_bytes(&default_metadata(), tensors).unwrap())
@@ -25,7 +25,7 @@ fn write(dir: &Path, config: Value, tensors: &[(TensorSpec, Vec<u8>)]) -> PathBu
     dir.to_path_buf()
 }
 
-fn bf16(name: &str, shape: &[usize], values: &[f32]) -> (TensorSpec, Vec<u8>) {
+pub(crate) fn bf16(name: &str, shape: &[usize], values: &[f32]) -> (TensorSpec, Vec<u8>) {
     let shape = shape.iter().map(|&side| side as u64).collect();
     ((name.to_owned(), Dtype::Bf16, shape), pack_f32(values, Dtype::Bf16).unwrap())
 }
@@ -72,7 +72,7 @@ fn run(aligned: &Path, degraded: &Path, out: &Path) -> ExtractReport {
 }
 
 /// The files of a gene but `gene.json`, whose sources differ.
-fn factors(gene: &Path) -> BTreeMap<String, Vec<u8>> {
+pub(crate) fn factors(gene: &Path) -> BTreeMap<String, Vec<u8>> {
     let names = names(gene).into_iter().filter(|name| name.ends_with(".safetensors"));
     names.map(|name| (name.clone(), fs::read(gene.join(name)).unwrap())).collect()
 }

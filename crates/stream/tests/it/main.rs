@@ -6,4 +6,5 @@ mod extract;
 mod folders;
 mod fuse;
 mod inputs;
+mod peer_bugs;
 mod work;
