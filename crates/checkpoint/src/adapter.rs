@@ -2,15 +2,15 @@
 //!
 //! The weight that an adapter stands for is `base + scale * B A`, scale being alpha / r (rsLoRA: alpha / sqrt r), with
 //! `rank_pattern` and `alpha_pattern` looked up as PEFT does: a regular expression anchored at the end of the module's
-//! path, after its start or a dot, tried in the order of the file, first hit wins. Copies that PEFT saved whole
-//! (`modules_to_save`) take the place of the base's tensor.
+//! path, after its start or a dot, tried in the order of the file, first hit wins; their number and size are bounded.
+//! Copies that PEFT saved whole (`modules_to_save`) take the place of the base's tensor.
 //!
 //! Whatever cannot be written as such a sum is refused: DoRA, biases, fused experts, replicated layers, initialisations
 //! that change the base.
 //!
 //! Not here: finding and opening the base; see `model`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use regex::Regex;
@@ -40,6 +40,13 @@ const MUST_BE_EMPTY: [&str; 9] = [
     "arrow_config",
 ];
 
+/// Most patterns of a map that are more than an exact path, which are compiled.
+const REGEXES_MAX: usize = 2048;
+/// Bytes that the compiled patterns of a map share, but each may have `REGEX_BYTES.start` and none more than `.end`: a
+/// class of letters is tens of kilobytes, and repeats.
+const REGEXES_BYTES: usize = 8 << 20;
+const REGEX_BYTES: std::ops::Range<usize> = 8 << 10..1 << 20;
+
 /// Initialisations that rewrite the base, so that base + scale * B A is not the model.
 const BASE_CHANGING_INITS: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
 
@@ -60,11 +67,24 @@ pub struct Factors {
     pub scale: f64,
 }
 
-/// One pattern of a `rank_pattern` or `alpha_pattern`, in the order of the file.
+/// A `rank_pattern` or `alpha_pattern`. Patterns are numbered in the order of the file.
 #[derive(Clone, Debug)]
-struct Pattern<T> {
-    regex: Regex,
-    value: T,
+struct Patterns<T> {
+    /// Those that match one path only, `^` and escaped text, as our own writer has them for every module: by path.
+    exact: HashMap<String, (usize, T)>,
+    /// The others.
+    regexes: Vec<(usize, Regex, T)>,
+}
+
+impl<T: Copy> Patterns<T> {
+    /// The value of the first pattern that a module's path matches.
+    fn first_hit(&self, module: &str) -> Option<T> {
+        let exact = self.exact.get(module);
+        let before = exact.map_or(usize::MAX, |&(number, _)| number);
+        let mut regexes = self.regexes.iter().take_while(|(number, ..)| *number < before);
+        let regex = regexes.find(|(_, regex, _)| regex.is_match(module));
+        regex.map(|&(.., value)| value).or(exact.map(|&(_, value)| value))
+    }
 }
 
 /// `adapter_config.json`, as far as it decides the weights.
@@ -82,8 +102,8 @@ pub struct AdapterConfig {
     pub fan_in_fan_out: bool,
     /// Name or path of the base, empty if absent.
     pub base_model_name_or_path: String,
-    ranks: Vec<Pattern<usize>>,
-    alphas: Vec<Pattern<f64>>,
+    ranks: Patterns<usize>,
+    alphas: Patterns<f64>,
 }
 
 impl AdapterConfig {
@@ -150,12 +170,12 @@ impl AdapterConfig {
 
     /// Rank of a module, by pattern.
     pub fn rank_of(&self, module: &str) -> usize {
-        first_hit(&self.ranks, module).unwrap_or(self.r)
+        self.ranks.first_hit(module).unwrap_or(self.r)
     }
 
     /// Alpha of a module, by pattern.
     pub fn alpha_of(&self, module: &str) -> f64 {
-        first_hit(&self.alphas, module).unwrap_or(self.lora_alpha)
+        self.alphas.first_hit(module).unwrap_or(self.lora_alpha)
     }
 
     /// Scale of a module's product.
@@ -439,33 +459,58 @@ fn alpha(value: &Value) -> Option<f64> {
     value.as_f64().filter(|alpha| alpha.is_finite())
 }
 
-fn patterns<T>(
-    raw: &Value,
-    key: &str,
-    path: &Path,
-    read: fn(&Value) -> Option<T>,
-) -> Result<Vec<Pattern<T>>> {
+fn patterns<T>(raw: &Value, key: &str, path: &Path, read: fn(&Value) -> Option<T>) -> Result<Patterns<T>> {
     let refuse = |problem: String| CheckpointError::config(path, problem);
-    let map = match raw.get(key) {
-        None | Some(Value::Null) => return Ok(Vec::new()),
-        Some(Value::Object(map)) => map,
+    let (mut exact, mut others) = (HashMap::new(), Vec::new());
+    match raw.get(key) {
+        None | Some(Value::Null) => {}
+        Some(Value::Object(map)) => {
+            for (number, (text, value)) in map.iter().enumerate() {
+                let value =
+                    read(value).ok_or_else(|| refuse(format!("`{key}`: value of `{text}` is not usable")))?;
+                match exact_path(text) {
+                    // Two spellings of one path: the first one wins.
+                    Some(module) => {
+                        exact.entry(module).or_insert((number, value));
+                    }
+                    None => others.push((number, text, value)),
+                }
+            }
+        }
         Some(_) => return Err(refuse(format!("`{key}` is no object"))),
-    };
-    let mut patterns = Vec::with_capacity(map.len());
-    for (text, value) in map {
-        let value = read(value).ok_or_else(|| refuse(format!("`{key}`: value of `{text}` is not usable")))?;
+    }
+    if others.len() > REGEXES_MAX {
+        let problem = format!(
+            "`{key}` has {} patterns that are no exact path, at most {REGEXES_MAX} are read",
+            others.len()
+        );
+        return Err(refuse(problem));
+    }
+    let size_limit = (REGEXES_BYTES / others.len().max(1)).clamp(REGEX_BYTES.start, REGEX_BYTES.end);
+    let build = |pattern: &str| regex::RegexBuilder::new(pattern).size_limit(size_limit).build();
+    let mut regexes = Vec::with_capacity(others.len());
+    for (number, text, value) in others {
         // The text has to be a pattern by itself: one like `a)|(b` would escape the anchors around it.
-        let build = |pattern: &str| regex::RegexBuilder::new(pattern).size_limit(1 << 20).build();
         let regex = build(text)
             .and_then(|_| build(&format!(r"\A(?:.*\.)?(?:{text})\z")))
             .map_err(|_| refuse(format!("`{key}`: `{text}` is no pattern that can be read")))?;
-        patterns.push(Pattern { regex, value });
+        regexes.push((number, regex, value));
     }
-    Ok(patterns)
+    Ok(Patterns { exact, regexes })
 }
 
-fn first_hit<T: Copy>(patterns: &[Pattern<T>], module: &str) -> Option<T> {
-    patterns.iter().find(|pattern| pattern.regex.is_match(module)).map(|pattern| pattern.value)
+/// The only path that a pattern matches, if it is `^` and text in which every character stands for itself.
+fn exact_path(pattern: &str) -> Option<String> {
+    let mut chars = pattern.strip_prefix('^')?.chars();
+    let mut path = String::with_capacity(pattern.len());
+    while let Some(c) = chars.next() {
+        match c {
+            '\\' => path.push(chars.next().filter(|c| r"\.+*?()|[]{}^$#&-~".contains(*c))?),
+            '.' | '+' | '*' | '?' | '(' | ')' | '|' | '[' | ']' | '{' | '}' | '^' | '$' => return None,
+            c => path.push(c),
+        }
+    }
+    Some(path)
 }
 
 #[cfg(test)]
@@ -502,6 +547,56 @@ mod tests {
         assert_eq!(config.rank_of("up_proj.extra"), 8);
         assert_eq!(config.alpha_of("model.layers.0.self_attn.k_proj"), 32.5);
         assert_eq!(config.alpha_of("model.layers.0.self_attn.v_proj"), 16.0);
+    }
+
+    #[test]
+    fn exact_paths_are_found_without_a_regex_in_the_order_of_the_file() {
+        let config = read(json!({"rank_pattern": {
+            "^a\\.b": 2, "b": 3, "^c\\.b": 5, "^a\\.b|d": 6, "^\\d": 7, "^a.-c": 9, "^a\\.\\-c": 10
+        }}))
+        .unwrap();
+        assert_eq!((config.ranks.exact.len(), config.ranks.regexes.len()), (3, 4));
+        // `b` comes before `^c\.b`, and behind `^a\.b`.
+        for (module, rank) in [
+            ("a.b", 2),
+            ("c.b", 3),
+            ("x.a.b", 3),
+            ("d", 6),
+            ("x.d", 6),
+            ("7", 7),
+            ("x.7", 8),
+            ("a.-c", 9),
+            ("a", 8),
+        ] {
+            assert_eq!(config.rank_of(module), rank, "{module}");
+        }
+        assert_eq!(exact_path("^model\\.layers\\.0\\.a_b").as_deref(), Some("model.layers.0.a_b"));
+        for pattern in ["a", "^a.b", "^a\\", "^\\<a", "^a$", "^(a)", "^a|b", "^\\w"] {
+            assert_eq!(exact_path(pattern), None, "{pattern}");
+        }
+    }
+
+    #[test]
+    fn patterns_that_would_take_gigabytes_are_refused() {
+        // Ten bytes of text are a megabyte of compiled pattern: one is read, a hundred share what ten may have.
+        let classes = |count: usize| -> serde_json::Map<String, Value> {
+            (0..count).map(|n| (format!("\\w{{15}}{n}"), json!(1))).collect()
+        };
+        assert!(read(json!({"alpha_pattern": classes(1)})).is_ok());
+        assert!(matches!(read(json!({"alpha_pattern": classes(100)})), Err(CheckpointError::Config { .. })));
+        // Paths as other tools write them, with dots that are wildcards, and as ours does, as many as a model can have.
+        let paths = |start: &str, dot: &str, count: usize| -> serde_json::Map<String, Value> {
+            let path = |n| format!("{start}model{dot}layers{dot}{n}{dot}self_attn{dot}q_proj");
+            (0..count).map(|n| (path(n), json!(n % 7 + 1))).collect()
+        };
+        let config = read(json!({"rank_pattern": paths("", ".", REGEXES_MAX)})).unwrap();
+        assert_eq!(config.rank_of("model.layers.2000.self_attn.q_proj"), 2000 % 7 + 1);
+        let error = read(json!({"rank_pattern": paths("", ".", REGEXES_MAX + 1)})).unwrap_err();
+        assert!(error.to_string().contains("at most 2048"), "{error}");
+        let config = read(json!({"rank_pattern": paths("^", "\\.", 100_000)})).unwrap();
+        for n in 0..100_000 {
+            assert_eq!(config.rank_of(&format!("model.layers.{n}.self_attn.q_proj")), n % 7 + 1);
+        }
     }
 
     #[test]
