@@ -6,7 +6,7 @@
 //!
 //! Not here: whether the gene fits a model; see `family`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use checkpoint::{
@@ -43,6 +43,9 @@ pub enum RestDelta {
 pub struct Gene {
     dir: PathBuf,
     manifest: GeneManifest,
+    /// Places of the modules, and of the entries of the rest, in the manifest's lists: a gene of experts has 100,000.
+    module_at: HashMap<String, usize>,
+    rest_at: HashMap<String, usize>,
     adapter: Option<Adapter>,
     rest: Option<ShardSet>,
     content: String,
@@ -76,7 +79,10 @@ impl Gene {
         check.rest(rest.as_ref())?;
         check.classes()?;
         let content = content(dir, &text)?;
-        Ok(Gene { dir: dir.to_path_buf(), manifest, adapter, rest, content })
+        // Names are listed once: that was checked.
+        let module_at = places(manifest.modules.iter().map(|module| &module.name));
+        let rest_at = places(manifest.rest.iter().map(|entry| &entry.name));
+        Ok(Gene { dir: dir.to_path_buf(), manifest, module_at, rest_at, adapter, rest, content })
     }
 
     /// Its folder.
@@ -96,7 +102,7 @@ impl Gene {
 
     /// The module of that name.
     pub fn module(&self, name: &str) -> Option<&Module> {
-        self.manifest.modules.iter().find(|module| module.name == name)
+        self.manifest.modules.get(*self.module_at.get(name)?)
     }
 
     /// The factors of a module, at scale 1.
@@ -117,7 +123,8 @@ impl Gene {
     pub fn rest_delta(&self, tensor: &str) -> Result<RestDelta> {
         let missing = || GeneError::NoRest { dir: self.dir.clone(), tensor: tensor.to_owned() };
         let shards = self.rest.as_ref().ok_or_else(missing)?;
-        let entry = self.manifest.rest.iter().find(|entry| entry.name == tensor).ok_or_else(missing)?;
+        let entry =
+            self.rest_at.get(tensor).and_then(|&at| self.manifest.rest.get(at)).ok_or_else(missing)?;
         match entry.class {
             Class::Full => Ok(RestDelta::Full(values(shards, tensor)?.ok_or_else(missing)?)),
             Class::RowPatch => {
@@ -155,6 +162,10 @@ impl Gene {
         let rest = self.rest().iter().filter(|entry| holds(entry.class)).filter_map(|entry| entry.layer);
         modules.chain(rest).collect::<BTreeSet<_>>().into_iter().collect()
     }
+}
+
+fn places<'a>(names: impl Iterator<Item = &'a String>) -> HashMap<String, usize> {
+    names.enumerate().map(|(at, name)| (name.clone(), at)).collect()
 }
 
 fn holds(class: Class) -> bool {
@@ -266,6 +277,8 @@ impl Check<'_> {
         let mut announced: BTreeSet<String> = BTreeSet::new();
         let mut seen = BTreeSet::new();
         let stored = |name: &str| shards.and_then(|shards| shards.get(name));
+        let classes: HashMap<&str, Class> =
+            self.manifest.modules.iter().map(|module| (module.name.as_str(), module.class)).collect();
         for entry in &self.manifest.rest {
             let name = entry.name.as_str();
             if !seen.insert(name) {
@@ -276,9 +289,8 @@ impl Check<'_> {
                 return Err(self.refuse(name, format!("does not belong to layer {:?}", entry.layer)));
             }
             if matches!(found, Role::Linear { .. }) {
-                let module =
-                    self.manifest.modules.iter().find(|module| module_of(name) == Some(&module.name));
-                if module.is_none_or(|module| module.class != entry.class) {
+                let class = module_of(name).and_then(|module| classes.get(module));
+                if class != Some(&entry.class) {
                     return Err(self.refuse(name, "is listed with another class among the modules"));
                 }
             }

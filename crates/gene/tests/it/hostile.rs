@@ -234,6 +234,32 @@ fn nan_in_the_rest_or_in_a_factor_is_named() {
 }
 
 #[test]
+fn many_modules_are_opened_and_found_by_name_in_no_time() {
+    let bench = Bench::new();
+    let gene = bench.save_gene("gene");
+    let path = gene.dir().join("gene.json");
+    let mut text = read_json(&path);
+    let count = 40_000;
+    let name = |n: usize| format!("model.layers.0.mlp.experts.{n}.gate_proj");
+    for n in 0..count {
+        let entry = json!({"name": name(n), "layer": 0, "shape": [8, 8], "class": "left-out"});
+        text["modules"].as_array_mut().unwrap().push(entry);
+        let name = format!("{}.weight", name(n));
+        let entry = json!({"name": name, "layer": 0, "shape": [8, 8], "class": "left-out", "energy": 0});
+        text["rest"].as_array_mut().unwrap().push(entry);
+    }
+    fs::write(&path, text.to_string()).unwrap();
+    let start = std::time::Instant::now();
+    let gene = Gene::open(gene.dir()).unwrap();
+    for n in 0..count {
+        assert_eq!(gene.module(&name(n)).unwrap().name, name(n));
+        assert!(matches!(gene.rest_delta(&format!("{}.weight", name(n))), Err(GeneError::NoRest { .. })));
+    }
+    // By a search through the lists it took 9 s to open and as long to look up; it is less than one for both.
+    assert!(start.elapsed().as_secs_f64() < 9.0, "{:?}", start.elapsed());
+}
+
+#[test]
 fn control_characters_in_names_are_escaped() {
     let error = refuse(|text| {
         let n = at(text, UP0);
