@@ -1,0 +1,7 @@
+//! libFuzzer around [`fuzz::data_rows`].
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    fuzz::data_rows(bytes);
+});
