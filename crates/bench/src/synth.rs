@@ -101,6 +101,7 @@ impl Model {
         Some(match name {
             "qwen2-0.5b" => Model { model_type: "qwen2", ..dense(24, 896, 4864, [896, 128], 151_936) },
             "llama-1b" => dense(16, 2048, 8192, [2048, 512], 128_256),
+            "llama-1b-blocks" => dense(16, 2048, 8192, [2048, 512], 4096),
             "llama-7b" => dense(32, 4096, 11_008, [4096, 4096], 32_000),
             "llama-70b" => dense(80, 8192, 28_672, [8192, 1024], 128_256),
             "qwen3-30b-a3b" => experts(48, [128, 768], 0),
@@ -117,9 +118,10 @@ impl Model {
     }
 
     /// Names that [`named`](Self::named) knows.
-    pub const NAMES: [&'static str; 8] = [
+    pub const NAMES: [&'static str; 9] = [
         "qwen2-0.5b",
         "llama-1b",
+        "llama-1b-blocks",
         "llama-7b",
         "llama-70b",
         "qwen3-30b-a3b",

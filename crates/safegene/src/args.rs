@@ -169,9 +169,12 @@ pub(crate) enum Bench {
 
 #[derive(Debug, Group)]
 pub(crate) struct BenchRun {
-    /// Which shapes: qwen2-0.5b, llama-1b, llama-7b, llama-70b, qwen3-30b-a3b, moe-small, deepseek-v3, tiny.
+    /// Which shapes: qwen2-0.5b, llama-1b, llama-1b-blocks (hardly any vocabulary), llama-7b, llama-70b, qwen3-30b-a3b, moe-small, deepseek-v3, tiny.
     #[arg(long, default_value = "qwen2-0.5b", value_name = "NAME")]
     pub(crate) model: String,
+    /// Layers instead of the model's own number, for another size of the same shapes.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
+    pub(crate) layers: Option<u64>,
     /// How weights are stored.
     #[arg(long, default_value = "bf16")]
     pub(crate) kind: Kind,
@@ -197,6 +200,9 @@ pub(crate) struct BenchSynth {
     /// Which shapes, as for the other benches.
     #[arg(long, default_value = "qwen2-0.5b", value_name = "NAME")]
     pub(crate) model: String,
+    /// Layers instead of the model's own number, for another size of the same shapes.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
+    pub(crate) layers: Option<u64>,
     /// How weights are stored.
     #[arg(long, default_value = "bf16")]
     pub(crate) kind: Kind,

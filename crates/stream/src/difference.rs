@@ -12,11 +12,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use checkpoint::{Checkpoint, CheckpointError, Factors, Role, Unit, module_of};
 use kernels::{Dtype, Engine, KernelError, RowReader, Scales, Shape, Side, Unreadable, Weights};
 use lowrank::Term;
-use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::pairing::{Pair, bytes, file_of, float, unit_shape, unsupported};
 use crate::pool::{Buffer, Pool};
 use crate::{Result, StreamError};
+
+/// Bytes that are read and hashed together.
+const HASHED_BYTES: u64 = 256 << 10;
 
 /// Two checkpoints to be subtracted.
 pub(crate) struct Sides<'a> {
@@ -232,14 +235,31 @@ fn stored(side: &Checkpoint, unit: &Unit, with_adapter: bool, pool: &Arc<Pool>) 
         return Stored::of_f32(&side.read_f32(&unit.tensor)?, shape, side.dir());
     }
     let mut buffer = pool.take(bytes(unit) as usize);
-    side.read_unit(unit, 0..unit.rows(), buffer.as_mut())?;
-    let digest = whole(side, unit).then(|| xxh3_128(buffer.as_ref()));
+    let digest = read_hashed(side, unit, buffer.as_mut())?;
     let held = Arc::new(buffer);
     let (dtype, scales, file) = meaning(side, unit)?;
     let weights = Weights::held(held.clone(), dtype, shape);
     let weights =
         with_scales(weights, &scales).map_err(|source| StreamError::kernel(&unit.name, &file, source))?;
     Ok(Stored { weights, held: Some(held), dtype, scales, file, digest, reader: None })
+}
+
+/// Fills `into` with all rows of a unit; the digest if that is a whole stored tensor. Some rows at a time, so that they are
+/// still in the second cache when they are hashed.
+fn read_hashed(side: &Checkpoint, unit: &Unit, into: &mut [u8]) -> Result<Option<u128>> {
+    let row_bytes = unit.cols() * unit.dtype.bits() / 8;
+    if !whole(side, unit) || row_bytes == 0 {
+        side.read_unit(unit, 0..unit.rows(), into)?;
+        return Ok(whole(side, unit).then(|| Xxh3::new().digest128()));
+    }
+    let step = (HASHED_BYTES / row_bytes).max(1);
+    let mut hash = Xxh3::new();
+    for (at, part) in into.chunks_mut((step * row_bytes) as usize).enumerate() {
+        let first = at as u64 * step;
+        side.read_unit(unit, first..(first + step).min(unit.rows()), part)?;
+        hash.update(part);
+    }
+    Ok(Some(hash.digest128()))
 }
 
 fn read_in_place(side: &SideRef, unit: &Unit) -> Result<Stored> {

@@ -272,7 +272,10 @@ pub fn extract<E: Engine>(engine: &E, job: &Extract, progress: &dyn Progress) ->
             Ok(())
         },
     );
-    log.sync()?;
+    if job.worker.of > 1 || flowed.is_err() {
+        // Else the gene itself follows, and what it was made of goes.
+        log.sync()?;
+    }
     let stages = flowed?;
     drop((log, values));
     drop(folder);

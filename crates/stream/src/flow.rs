@@ -93,6 +93,14 @@ pub(crate) fn flow<T: Sync, P: Send, R: Send>(
         bytes_max: limits.memory_bytes,
         items_max: AHEAD * rayon::current_num_threads(),
     };
+    // Threads that wait for parts of one item begin another: more than one for each thread would only push each other's
+    // weights out of the caches.
+    let computing = &Gate {
+        state: Mutex::default(),
+        freed: Condvar::new(),
+        bytes_max: u64::MAX,
+        items_max: rayon::current_num_threads(),
+    };
     let (next, broken) = (AtomicUsize::new(0), AtomicBool::new(false));
     let clocks: [AtomicU64; 5] = Default::default();
     let [read_ns, read_waiting, compute_ns, keep_ns, keep_waiting] = &clocks;
@@ -122,9 +130,11 @@ pub(crate) fn flow<T: Sync, P: Send, R: Send>(
             rayon::in_place_scope(|pool| {
                 for (at, payload) in ready {
                     let to_keep = to_keep.clone();
+                    computing.enter(1);
                     pool.spawn(move |_| {
                         let result =
                             payload.and_then(|payload| timed(compute_ns, || compute(&items[at], payload)));
+                        computing.leave(1);
                         // The keeper is gone only after a panic of its own.
                         let _ = to_keep.send((at, result));
                     });

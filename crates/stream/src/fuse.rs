@@ -406,8 +406,10 @@ fn write_merged<E: Engine>(
     let merged = merge(engine, &job.target, &mine, &done, plan, &dir, &limits, progress, |merged| {
         log.finished(&merged)
     });
-    // Lines that are there after a power cut stand for bytes that may not be; their hashes tell.
-    log.sync()?;
+    if job.worker.of > 1 || merged.is_err() {
+        // Lines that are there after a power cut may stand for bytes that are not; their hashes tell.
+        log.sync()?;
+    }
     report.stages = merged?;
     drop((log, folder));
     if job.worker.of > 1 {

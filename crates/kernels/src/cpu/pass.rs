@@ -13,10 +13,10 @@ use super::tile::{self, Lines, ROWS};
 use super::{CpuMatrix, LaneSum};
 use crate::{DeltaStats, Result, Shape};
 
-/// Elements of a panel: 512 KB of f32.
-const PANEL_ELEMENTS: usize = 128 << 10;
+/// Elements of a panel: 256 KB of f32, which leaves room in a second cache of 512 KB.
+const PANEL_ELEMENTS: usize = 64 << 10;
 /// Groups at most: a block of partial sums is held for each.
-const GROUPS: usize = 8;
+const GROUPS: usize = 4;
 /// Elements of a group at least, so that small matrices are one.
 const GROUP_ELEMENTS: usize = 256 << 10;
 

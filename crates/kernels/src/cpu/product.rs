@@ -10,6 +10,9 @@ use crate::{Result, Shape};
 /// Panels of a Gram matrix at most, so that their partial sums stay small.
 const GRAM_PANELS: usize = 16;
 
+/// Rows of a Gram matrix that are computed together.
+const GRAM_BLOCK: usize = 24;
+
 /// `A B` or `A^T B` of fitting shapes.
 pub(super) fn gemm(a: &CpuMatrix, a_transposed: bool, b: &CpuMatrix) -> Result<CpuMatrix> {
     let (rows, depth, n) = match a_transposed {
@@ -46,14 +49,23 @@ pub(super) fn gram(y: &CpuMatrix) -> Result<Vec<f64>> {
         .par_chunks(panel_rows * l)
         .map(|panel| {
             let mut part = vec![0.0; l * l];
-            let mut block = vec![0.0f64; l * l];
+            let mut wide = vec![0.0f64; PANEL * l];
+            let mut block = vec![0.0f64; GRAM_BLOCK * l];
             for rows in panel.chunks(PANEL * l) {
-                let wide: Vec<f64> = rows.iter().map(|&x| f64::from(x)).collect();
-                let depth = rows.len() / l;
-                let left = View { data: &wide, row_stride: 1, col_stride: l };
-                let right = View { data: &wide, row_stride: l, col_stride: 1 };
-                multiply(&mut block, (l, l, depth), left, right);
-                add(&mut part, &block);
+                for (wide, &x) in wide.iter_mut().zip(rows) {
+                    *wide = f64::from(x);
+                }
+                let (wide, depth) = (&wide[..rows.len()], rows.len() / l);
+                // Blocks of rows from the diagonal on; the rest mirrors them.
+                for first in (0..l).step_by(GRAM_BLOCK) {
+                    let (high, n) = (GRAM_BLOCK.min(l - first), l - first);
+                    let left = View { data: &wide[first..], row_stride: 1, col_stride: l };
+                    let right = View { data: &wide[first..], row_stride: l, col_stride: 1 };
+                    multiply(&mut block[..high * n], (high, n, depth), left, right);
+                    for (i, line) in block[..high * n].chunks_exact(n).enumerate() {
+                        add(&mut part[(first + i) * l + first..][..n], line);
+                    }
+                }
             }
             part
         })

@@ -76,8 +76,9 @@ proptest! {
         let found = found.unwrap();
         let certificate = certify(&engine, &pair, &stats, &found).unwrap();
         let (captured, upper) = (certificate.captured(), certificate.captured_upper_bound);
-        // Energies, residuals and the oracle are f64 sums of fewer than 5000 terms.
-        let slack = 1e-9;
+        // Energies and the oracle are f64 sums of fewer than 5000 terms; a residual may carry f32 roundings of its rests,
+        // which the engine keeps below 1e-6 of it.
+        let slack = 1e-9 + 1e-6 * certificate.residual;
         prop_assert!((certificate.energy - energy).abs() <= 1e-12 * energy);
         prop_assert!(found.rank <= rank.min(rows).min(cols));
         prop_assert!(captured <= optimum + slack, "captured {captured}, optimum {optimum}");

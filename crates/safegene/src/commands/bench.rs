@@ -23,7 +23,8 @@ pub(super) fn run(job: &Bench, memory_bytes: u64, ui: &Ui) -> Result<(), Failure
     match job {
         Bench::Synth(job) => {
             let start = Instant::now();
-            let written = ::bench::synthesize(&synth(&job.model, job.kind, job.headers_only)?, &job.out)?;
+            let written =
+                ::bench::synthesize(&synth(&job.model, job.layers, job.kind, job.headers_only)?, &job.out)?;
             let what = if job.headers_only { "described" } else { "written" };
             ui.say(&format!("{} {what} in {:.1} s", bytes(written), start.elapsed().as_secs_f64()));
             Ok(())
@@ -45,13 +46,14 @@ pub(super) fn run(job: &Bench, memory_bytes: u64, ui: &Ui) -> Result<(), Failure
     }
 }
 
-fn synth(model: &str, kind: Kind, headers_only: bool) -> Result<Synth, Failure> {
+fn synth(model: &str, layers: Option<u64>, kind: Kind, headers_only: bool) -> Result<Synth, Failure> {
     let model = Model::named(model).ok_or_else(|| {
         Failure::usage(
             format!("no model is called `{model}`"),
             format!("one of: {}", Model::NAMES.join(", ")),
         )
     })?;
+    let model = Model { layers: layers.unwrap_or(model.layers), ..model };
     let kind = match kind {
         Kind::Bf16 => ::bench::Kind::Bf16,
         Kind::Fp8 => ::bench::Kind::Fp8,
@@ -67,13 +69,14 @@ struct Pair {
 impl Pair {
     fn of(job: &BenchRun, ui: &Ui) -> Result<Pair, Failure> {
         let kind = if job.kind == Kind::Fp8 { "-fp8" } else { "" };
-        let dir = job.work.join(format!("{}{kind}", job.model));
+        let layers = job.layers.map_or(String::new(), |layers| format!("-{layers}"));
+        let dir = job.work.join(format!("{}{layers}{kind}", job.model));
         for side in ["aligned", "degraded"] {
             if !dir.join(side).join("config.json").exists() {
                 ui.say(&format!("writing a pair of {} to `{}`", job.model, dir.display()));
                 // A side that is there already was written by the same call and stays out of the way.
                 let _ = std::fs::remove_dir_all(&dir);
-                ::bench::synthesize(&synth(&job.model, job.kind, false)?, &dir)?;
+                ::bench::synthesize(&synth(&job.model, job.layers, job.kind, false)?, &dir)?;
             }
         }
         Ok(Pair { dir })
@@ -153,7 +156,7 @@ fn extract(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
         (found.input_bytes as f64 / 1e9 / ceilings.read_gb_s, operations / 1e9 / ceilings.gemm_gf_s);
     let (binding, bound_s) = if read_s > gemm_s { ("read", read_s) } else { ("gemm", gemm_s) };
     let facts = serde_json::json!({"type": "bench", "schema": 1, "bench": "extract", "model": job.model,
-        "rank": job.rank, "cold": job.cold, "cached_share": cached, "machine": Machine::new(), "ceilings": ceilings, "wall_s": wall_s, "walls_s": walls,
+        "layers": job.layers, "kind": format!("{:?}", job.kind).to_lowercase(), "rank": job.rank, "cold": job.cold, "cached_share": cached, "machine": Machine::new(), "ceilings": ceilings, "wall_s": wall_s, "walls_s": walls,
         "input_bytes": found.input_bytes, "input_gb_s": rate, "operations": operations,
         "gf_s": operations / wall_s / 1e9, "binding": binding, "share_of_binding": bound_s / wall_s,
         "stages": found.stages, "captured": found.captured, "captured_upper_bound": found.captured_upper_bound,

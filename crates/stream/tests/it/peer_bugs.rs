@@ -5,8 +5,8 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 
 use checkpoint::{Checkpoint, CheckpointError, Dtype, TensorSpec};
 use gene::{Class, Gene, GeneError, RestDelta};
@@ -34,17 +34,12 @@ fn run(aligned: &Path, degraded: &Path, out: &Path, rank: usize) -> Result<Extra
 /// A fuse of a whole gene at coefficient 1, what is outside of the layers included.
 fn whole(gene: &Path, target: &Path, out: &Path, form: Form) -> Fuse {
     let gene = Gene::open(gene).unwrap();
+    let coefficients = gene.layers().into_iter().map(|layer| (layer, 1.0)).collect();
     Fuse {
-        coefficients: gene.layers().into_iter().map(|layer| (layer, 1.0)).collect(),
-        gene,
-        target: open(target),
-        out: out.to_path_buf(),
         form,
         outside: (form == Form::Merged).then_some(1.0),
         drop_rest: form != Form::Merged,
-        force: false,
-        memory_bytes: 1 << 30,
-        stop: Arc::default(),
+        ..Fuse::new(gene, coefficients, open(target), out)
     }
 }
 
