@@ -309,20 +309,22 @@ pub(crate) struct Blocks<'a> {
     unit: &'a Unit,
     row_bytes: u64,
     hash: Option<Xxh3>,
+    pool: Arc<Pool>,
 }
 
 impl<'a> Blocks<'a> {
-    pub(crate) fn new(side: &'a Checkpoint, unit: &'a Unit) -> Blocks<'a> {
+    pub(crate) fn new(sides: &Sides<'_>, side: &'a Checkpoint, unit: &'a Unit) -> Blocks<'a> {
         let hash = whole(side, unit).then(Xxh3::new);
-        Blocks { side, unit, row_bytes: unit.cols() * unit.dtype.bits() / 8, hash }
+        let row_bytes = unit.cols() * unit.dtype.bits() / 8;
+        Blocks { side, unit, row_bytes, hash, pool: sides.pool.clone() }
     }
 
     /// The next `count` rows, which begin at `first`.
-    pub(crate) fn next(&mut self, first: u64, count: u64) -> Result<Vec<u8>> {
-        let mut buffer = vec![0u8; (count * self.row_bytes) as usize];
-        self.side.read_unit(self.unit, first..first + count, &mut buffer)?;
+    pub(crate) fn next(&mut self, first: u64, count: u64) -> Result<Buffer> {
+        let mut buffer = self.pool.take((count * self.row_bytes) as usize);
+        self.side.read_unit(self.unit, first..first + count, buffer.as_mut())?;
         if let Some(hash) = &mut self.hash {
-            hash.update(&buffer);
+            hash.update(buffer.as_ref());
         }
         Ok(buffer)
     }
@@ -334,9 +336,9 @@ impl<'a> Blocks<'a> {
 }
 
 /// A block of one side on its own.
-pub(crate) fn block(side: &Checkpoint, unit: &Unit, bytes: Vec<u8>, shape: Shape) -> Result<Stored> {
+pub(crate) fn block(side: &Checkpoint, unit: &Unit, bytes: Buffer, shape: Shape) -> Result<Stored> {
     let (dtype, scales, file) = meaning(side, unit)?;
-    let held = Arc::new(Buffer::own(bytes));
+    let held = Arc::new(bytes);
     let weights = Weights::held(held.clone(), dtype, shape);
     let weights = weights.map_err(|source| StreamError::kernel(&unit.name, &file, source))?;
     Ok(Stored { weights, held: Some(held), dtype, scales, file, digest: None, reader: None })

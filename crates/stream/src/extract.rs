@@ -31,10 +31,12 @@ use crate::difference::{Blocks, Difference, Sides, Stored, block, located, pair_
 use crate::flow::{Limits, Stages, flow};
 use crate::pairing::{Pair, float, in_file_order, pairs, share_of, unsupported};
 use crate::parts::{self, Log, Placed, Segments, Worker};
+use crate::pool::Buffer;
 use crate::{Progress, Result, StreamError};
 
-/// Bytes of one side that are looked at together where a tensor is kept row by row.
-const BLOCK_BYTES: u64 = 16 << 20;
+/// Bytes of one side that are looked at together where a tensor is kept row by row: both stay in cache while they are
+/// hashed and compared.
+const BLOCK_BYTES: u64 = 4 << 20;
 /// Reader threads: both sides of a pair, and the next one.
 const READERS: usize = 2;
 
@@ -525,8 +527,10 @@ impl<E: Engine> Run<'_, E> {
             .collect::<checkpoint::Result<_>>()?;
         let widest = (cols * pair.aligned.dtype.bits().max(pair.degraded.dtype.bits()) / 8).max(1);
         let step = (BLOCK_BYTES / widest).max(1);
-        let (mut a_blocks, mut d_blocks) =
-            (Blocks::new(a_side, &pair.aligned), Blocks::new(d_side, &pair.degraded));
+        let (mut a_blocks, mut d_blocks) = (
+            Blocks::new(&self.sides, a_side, &pair.aligned),
+            Blocks::new(&self.sides, d_side, &pair.degraded),
+        );
         let mut rows: Vec<u64> = Vec::new();
         let mut total = DeltaStats::default();
         let mut new_energy = 0.0f64;
@@ -536,7 +540,7 @@ impl<E: Engine> Run<'_, E> {
             let side =
                 |side: &Checkpoint, unit, blocks: &mut Blocks<'_>, whole: &Option<Vec<f32>>, rows: u64| {
                     let count = end(rows).saturating_sub(row);
-                    let bytes = if row < rows { blocks.next(row, count)? } else { Vec::new() };
+                    let bytes = if row < rows { blocks.next(row, count)? } else { Buffer::own(Vec::new()) };
                     let shape = Shape { rows: count as usize, cols: cols as usize };
                     match whole {
                         None => block(side, unit, bytes, shape),
