@@ -12,6 +12,8 @@ use std::collections::BTreeMap;
 pub(super) fn run(job: &Fuse, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
     let worker = match job.worker {
         Some(worker) => worker,
+        // An adapter is not made in shares: a task of an array that writes one means all of it.
+        None if job.r#as != Form::Merged => stream::Worker::ALL,
         None => worker_of_environment()?.unwrap_or(stream::Worker::ALL),
     };
     let target = Checkpoint::open(&job.target, job.base.as_deref())?;

@@ -362,6 +362,8 @@ fn expression_made_for_another_target() {
     let other = lab("targets/sentiment-1");
     let (expression, out) = (bench.arg("expression.json"), bench.arg("out"));
     let call = [
+        // The target is known once it was read, which shows as progress otherwise.
+        "--quiet",
         "fuse",
         "--gene",
         &gene,
