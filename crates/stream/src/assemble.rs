@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use checkpoint::{Checkpoint, PartialFolder};
 use kernels::Engine;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::extract::{Input, Ranks, Work, make};
 use crate::fuse::{self, FuseReport};
@@ -54,7 +54,7 @@ pub fn assemble<E: Engine>(engine: &E, out: &Path, memory_bytes: u64, force: boo
     let job = Extract {
         aligned,
         degraded,
-        ranks: ranks(&work).ok_or_else(nothing)?,
+        ranks: ranks(&work.options).ok_or_else(nothing)?,
         out: out.to_path_buf(),
         force,
         seed: work.options.get("seed").and_then(Value::as_u64).unwrap_or(0),
@@ -70,16 +70,17 @@ pub fn assemble<E: Engine>(engine: &E, out: &Path, memory_bytes: u64, force: boo
     make(engine, &job, &work, &pairs(&job.aligned, &job.degraded)?).map(Assembled::Gene)
 }
 
-fn ranks(work: &Work) -> Option<Ranks> {
-    let number = |key: &str| work.options.get(key).and_then(Value::as_u64);
+/// The ranks that a gene's options say.
+pub(crate) fn ranks(options: &Map<String, Value>) -> Option<Ranks> {
+    let number = |key: &str| options.get(key).and_then(Value::as_u64);
     let max = number("rank_max").unwrap_or(0) as usize;
     if let Some(bytes) = number("budget_bytes") {
         return Some(Ranks::Budget { bytes, max });
     }
-    if let Some(share) = work.options.get("max_residual").and_then(Value::as_f64) {
+    if let Some(share) = options.get("max_residual").and_then(Value::as_f64) {
         return Some(Ranks::Residual { share, max });
     }
-    match work.options.get("rank")? {
+    match options.get("rank")? {
         Value::String(_) => Some(Ranks::Auto { max }),
         rank => rank.as_u64().map(|rank| Ranks::Fixed(rank as usize)),
     }

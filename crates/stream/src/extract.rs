@@ -310,7 +310,9 @@ impl ExtractReport {
     }
 }
 
-/// Keys of a module: the share of elements that did not change, and whether the noise floor is more than a bound.
+/// Keys of a module: the bound on what any factors of its rank hold, the share of elements that did not change, and
+/// whether the noise floor is more than a bound.
+pub(crate) const UPPER_BOUND: &str = "captured_upper_bound";
 pub(crate) const ZERO_FRACTION: &str = "zero_fraction";
 pub(crate) const NOISE_RELIABLE_KEY: &str = "noise_floor_reliable";
 
@@ -781,7 +783,7 @@ fn module(pair: &Pair, record: &Record) -> Result<Module> {
         return Err(StreamError::NotLinear { tensor: pair.name.clone() });
     };
     let mut extra = Map::new();
-    extra.insert("captured_upper_bound".to_owned(), json!(record.best));
+    extra.insert(UPPER_BOUND.to_owned(), json!(record.best));
     extra.insert(ZERO_FRACTION.to_owned(), json!(record.zeros));
     extra.insert(NOISE_RELIABLE_KEY.to_owned(), json!(record.noise < NOISE_RELIABLE));
     Ok(Module {

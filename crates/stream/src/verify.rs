@@ -9,9 +9,12 @@ use std::sync::Arc;
 use checkpoint::{Checkpoint, module_of};
 use gene::{Class, Gene, RestDelta};
 use kernels::{Engine, Shape};
+use lowrank::Factor;
+use xxhash_rust::xxh64::xxh64;
 
+use crate::assemble::ranks;
 use crate::difference::{Difference, Sides, pair_on, terms};
-use crate::extract::ZERO_FRACTION;
+use crate::extract::{UPPER_BOUND, ZERO_FRACTION};
 use crate::flow::{Limits, flow};
 use crate::pairing::{Pair, float, pairs};
 use crate::{Progress, Result, StreamError};
@@ -55,6 +58,8 @@ pub fn verify<E: Engine>(
     let stop = std::sync::atomic::AtomicBool::new(false);
     let limits = Limits { memory_bytes, readers: 2, stop: &stop };
     progress.stage("verifying", pairs.iter().map(Pair::bytes).sum());
+    let seed = manifest.options.get("seed").and_then(|seed| seed.as_u64()).unwrap_or(0);
+    let how = ranks(&manifest.options).map(|ranks| Factor::new(ranks.of_module(), seed));
     let mut modules = 0;
     let mut sums: BTreeMap<String, (f64, f64)> = BTreeMap::new();
     let compared: Vec<&Pair> =
@@ -72,7 +77,7 @@ pub fn verify<E: Engine>(
             let (energy_said, residual_said) = said.unwrap_or_default();
             let mut found = Vec::new();
             let at = |source| StreamError::LowRank { tensor: pair.name.clone(), source };
-            let mut noise_and_zeros = None;
+            let mut recomputed = None;
             let (energy, residual) = match &difference {
                 Difference::Products(products, _) if products.is_empty() => (0.0, None),
                 Difference::Products(products, _) if class == Class::LowRank => {
@@ -90,8 +95,18 @@ pub fn verify<E: Engine>(
                         Class::LowRank => {
                             let name = module_of(&pair.name).unwrap_or(&pair.name);
                             let stored = low_rank(gene, name)?;
+                            // The bound is that of the same search with the same seed, cut to the rank that was kept.
+                            let key = xxh64(pair.name.as_bytes(), 0);
+                            let best = match &how {
+                                Some(how) => lowrank::factor(engine, &on, key, how).map_err(at)?.0,
+                                None => None,
+                            };
+                            let best = best.map(|best| best.truncated(stored.rank).best_sumsq_upper);
+                            let stored =
+                                lowrank::LowRank { best_sumsq_upper: best.unwrap_or_default(), ..stored };
                             let found = lowrank::certify(engine, &on, &stats, &stored).map_err(at)?;
-                            noise_and_zeros = Some((found.noise_floor, found.zero_fraction));
+                            recomputed =
+                                Some((found.noise_floor, found.zero_fraction, found.captured_upper_bound));
                             Some(found.residual)
                         }
                         Class::Full | Class::RowPatch => {
@@ -116,11 +131,13 @@ pub fn verify<E: Engine>(
             if let Some(residual) = residual.filter(|&is| off(residual_said, is)) {
                 found.push(format!("`{}`: residual is {residual}, the gene says {residual_said}", pair.name));
             }
-            if let (Some(module), Some((noise, zeros))) = (module, noise_and_zeros) {
-                let zeros_said = module.extra.get(ZERO_FRACTION).and_then(|x| x.as_f64()).unwrap_or(f64::NAN);
-                for (what, said, is) in
-                    [("noise floor", module.noise_floor, noise), ("zero fraction", zeros_said, zeros)]
-                {
+            if let (Some(module), Some((noise, zeros, bound))) = (module, recomputed) {
+                let said = |key: &str| module.extra.get(key).and_then(|x| x.as_f64()).unwrap_or(f64::NAN);
+                for (what, said, is) in [
+                    ("noise floor", module.noise_floor, noise),
+                    ("zero fraction", said(ZERO_FRACTION), zeros),
+                    ("upper bound", said(UPPER_BOUND), bound),
+                ] {
                     if said.is_nan() || (said - is).abs() > TOLERANCE {
                         found.push(format!("`{}`: {what} is {is}, the gene says {said}", pair.name));
                     }

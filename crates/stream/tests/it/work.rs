@@ -204,6 +204,25 @@ fn left_out_by_pattern_is_listed_and_missed() {
 }
 
 #[test]
+fn verify_agrees_with_genes_of_every_choice_of_ranks() {
+    let bench = Bench::new();
+    let choices = [
+        Ranks::Fixed(3),
+        Ranks::Residual { share: 0.4, max: 30 },
+        Ranks::Auto { max: 30 },
+        Ranks::Budget { bytes: 8000, max: 30 },
+    ];
+    for (at, ranks) in choices.into_iter().enumerate() {
+        let job = Extract { ranks, seed: 5, ..bench.job(&format!("gene-{at}")) };
+        bench.run(&job).unwrap();
+        let (a, d) = (Arc::new(open(&bench.aligned)), Arc::new(open(&bench.degraded)));
+        let gene = Gene::open(&job.out).unwrap();
+        let report = verify(&CpuEngine::new(), &gene, &a, &d, 1 << 30, &NoProgress).unwrap();
+        assert!(report.faults.is_empty() && report.tensors > 0, "{ranks:?}: {:?}", report.faults);
+    }
+}
+
+#[test]
 fn verify_finds_another_value_another_file_and_another_claim() {
     let bench = Bench::new();
     bench.run(&bench.job("gene")).unwrap();
@@ -216,13 +235,27 @@ fn verify_finds_another_value_another_file_and_another_claim() {
     assert!(good.faults.is_empty() && good.modules == 3, "{:?}", good.faults);
     let manifest = bench.out("gene").join("gene.json");
     let text = fs::read_to_string(&manifest).unwrap();
-    // A residual that was made a little smaller.
+    // A claim that was made a little better, or worse.
     let json: serde_json::Value = serde_json::from_str(&text).unwrap();
     let at = json["modules"].as_array().unwrap().iter().position(|m| m["class"] == "low-rank").unwrap();
+    for (key, word) in [
+        ("residual", "residual"),
+        ("energy", "energy"),
+        ("noise_floor", "noise floor"),
+        ("zero_fraction", "zero fraction"),
+        ("captured_upper_bound", "upper bound"),
+    ] {
+        let mut lie = json.clone();
+        let said = json["modules"][at][key].as_f64().unwrap();
+        lie["modules"][at][key] = (said * 0.999 + f64::from(u8::from(said == 0.0)) * 1e-3).into();
+        fs::write(&manifest, lie.to_string()).unwrap();
+        let faults = check().faults;
+        assert!(faults.iter().any(|fault| fault.contains(word)), "{key}: {faults:?}");
+    }
     let mut lie = json.clone();
-    lie["modules"][at]["residual"] = (json["modules"][at]["residual"].as_f64().unwrap() * 0.999).into();
+    lie["captured"] = (json["captured"].as_f64().unwrap() * 1.001).min(1.0).into();
     fs::write(&manifest, lie.to_string()).unwrap();
-    assert!(check().faults.iter().any(|fault| fault.contains("residual")), "{:?}", check().faults);
+    assert!(check().faults.iter().any(|fault| fault.contains("captured of the whole")));
     fs::write(&manifest, &text).unwrap();
     // One element of one checkpoint.
     let mut other = model();
