@@ -3,7 +3,8 @@
 //! What is cached is read as always. A file of which less than half is cached is read past the cache (`O_DIRECT`), in
 //! aligned windows that follow one another: a tensor that begins where the last one ended is in the window already, so
 //! small neighbours cost no reads of their own, and a checkpoint larger than memory does not push out what others use.
-//! Where the file system refuses that, the cache is used after all.
+//! Windows take a few megabytes in all, however many files there are. Where the file system refuses, the cache is used
+//! after all.
 //!
 //! Not here: which bytes; and no mappings, so that a file that shrinks is an error and not a signal.
 
@@ -11,13 +12,15 @@ use std::fs::File;
 use std::io::{ErrorKind, IoSliceMut, Result};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::fs::OFlags;
 use rustix::io::ReadWriteFlags;
 
 /// Bytes of a window.
-const WINDOW_BYTES: usize = 8 << 20;
+const WINDOW_BYTES: usize = 4 << 20;
+/// Windows of all files together.
+const WINDOWS_MAX: usize = 2;
 /// Smaller files are not worth a window.
 const DIRECT_BYTES_MIN: u64 = 64 << 20;
 /// Places of a file that are looked at to see what is cached.
@@ -34,12 +37,22 @@ const PAGE: u64 = size_of::<Page>() as u64;
 #[derive(Debug)]
 pub(crate) struct Source {
     file: File,
-    window: OnceLock<Option<Mutex<Window>>>,
+    /// The same file past the cache, if it is read so; decided by the first read.
+    direct: OnceLock<Option<Arc<File>>>,
+    windows: Arc<Windows>,
 }
+
+/// The windows of some files, each with its file, the one that was used last at the end. One that is being read lives on
+/// until that is done, also if another takes its place.
+#[derive(Debug, Default)]
+pub(crate) struct Windows(Mutex<Vec<Placed>>);
+
+/// A file and its window.
+type Placed = (Arc<File>, Arc<Mutex<Window>>);
 
 /// What was read past the cache last.
 struct Window {
-    file: File,
+    file: Arc<File>,
     pages: Vec<Page>,
     start: u64,
     len: usize,
@@ -52,15 +65,16 @@ impl std::fmt::Debug for Window {
 }
 
 impl Source {
-    pub(crate) fn new(file: File) -> Source {
-        Source { file, window: OnceLock::new() }
+    pub(crate) fn new(file: File, windows: &Arc<Windows>) -> Source {
+        Source { file, direct: OnceLock::new(), windows: windows.clone() }
     }
 
     /// Fills `into` from this place on.
     pub(crate) fn read_exact_at(&self, into: &mut [u8], offset: u64) -> Result<()> {
-        let Some(window) = self.window.get_or_init(|| Window::open(&self.file)) else {
+        let Some(direct) = self.direct.get_or_init(|| past_the_cache(&self.file)) else {
             return self.file.read_exact_at(into, offset);
         };
+        let window = self.windows.of(direct);
         let done = window.lock().unwrap_or_else(PoisonError::into_inner).read(into, offset);
         match done {
             Err(error) if error.kind() == ErrorKind::InvalidInput => self.file.read_exact_at(into, offset),
@@ -70,23 +84,42 @@ impl Source {
 
     /// Whether it is read past the cache; decided by the first read.
     pub(crate) fn is_direct(&self) -> bool {
-        matches!(self.window.get(), Some(Some(_)))
+        matches!(self.direct.get(), Some(Some(_)))
+    }
+}
+
+/// A large file that is mostly not cached, opened again to be read past the cache.
+fn past_the_cache(file: &File) -> Option<Arc<File>> {
+    let bytes = file.metadata().ok()?.len();
+    if bytes < DIRECT_BYTES_MIN || cached_share(file, bytes) > 0.5 {
+        return None;
+    }
+    // The same file, whatever its name is by now.
+    let again = format!("/proc/self/fd/{}", file.as_raw_fd());
+    File::options().read(true).custom_flags(OFlags::DIRECT.bits() as i32).open(again).ok().map(Arc::new)
+}
+
+impl Windows {
+    /// The window of a file, in the place of the one that was not used for longest if there are enough.
+    fn of(&self, file: &Arc<File>) -> Arc<Mutex<Window>> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = match all.iter().position(|(of, _)| Arc::ptr_eq(of, file)) {
+            Some(at) => all.remove(at),
+            None => {
+                if all.len() >= WINDOWS_MAX {
+                    all.remove(0);
+                }
+                let window = Window { file: file.clone(), pages: Vec::new(), start: 0, len: 0 };
+                (file.clone(), Arc::new(Mutex::new(window)))
+            }
+        };
+        let window = entry.1.clone();
+        all.push(entry);
+        window
     }
 }
 
 impl Window {
-    /// For a file that is large and mostly not cached.
-    fn open(file: &File) -> Option<Mutex<Window>> {
-        let bytes = file.metadata().ok()?.len();
-        if bytes < DIRECT_BYTES_MIN || cached_share(file, bytes) > 0.5 {
-            return None;
-        }
-        // The same file, whatever its name is by now.
-        let again = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let file = File::options().read(true).custom_flags(OFlags::DIRECT.bits() as i32).open(again).ok()?;
-        Some(Mutex::new(Window { file, pages: Vec::new(), start: 0, len: 0 }))
-    }
-
     fn read(&mut self, mut into: &mut [u8], mut offset: u64) -> Result<()> {
         if self.pages.is_empty() {
             self.pages = vec![Page([0; PAGE as usize]); WINDOW_BYTES / PAGE as usize];
@@ -173,7 +206,7 @@ mod tests {
             (0..DIRECT_BYTES_MIN as u32 / 4 + 1000).flat_map(u32::to_le_bytes).skip(3).collect();
         std::fs::write(&path, &bytes).unwrap();
         forget(&path).unwrap();
-        let source = Source::new(File::open(&path).unwrap());
+        let source = Source::new(File::open(&path).unwrap(), &Arc::default());
         let window = WINDOW_BYTES as u64;
         let ends = bytes.len() as u64;
         for (offset, len) in [
@@ -197,8 +230,31 @@ mod tests {
         let direct = source.is_direct();
         let mut all = vec![0u8; bytes.len()];
         File::open(&path).unwrap().read_exact_at(&mut all, 0).unwrap();
-        let again = Source::new(File::open(&path).unwrap());
+        let again = Source::new(File::open(&path).unwrap(), &Arc::default());
         again.read_exact_at(&mut [0; 10], 100).unwrap();
         assert!(!again.is_direct(), "direct before: {direct}");
+    }
+
+    #[test]
+    fn windows_of_many_files_are_few_and_each_reads_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let files: Vec<Arc<File>> = (0..5u8)
+            .map(|n| {
+                let path = dir.path().join(n.to_string());
+                std::fs::write(&path, vec![n; 3 * PAGE as usize + 5]).unwrap();
+                Arc::new(File::open(path).unwrap())
+            })
+            .collect();
+        let windows = Windows::default();
+        for round in 0..3u64 {
+            for (n, file) in files.iter().enumerate() {
+                let mut into = [255u8; 10];
+                windows.of(file).lock().unwrap().read(&mut into, round * PAGE + 5).unwrap();
+                assert_eq!(into, [n as u8; 10]);
+                assert!(windows.0.lock().unwrap().len() <= WINDOWS_MAX);
+            }
+        }
+        let window = windows.of(&files[4]);
+        assert!(Arc::ptr_eq(&window, &windows.of(&files[4])), "a file keeps its window");
     }
 }

@@ -10,6 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Deserialize;
 
@@ -17,7 +18,7 @@ use crate::dtype::{Dtype, elements};
 use crate::error::{CheckpointError, Result};
 use crate::files::{has_ending, is_pickle, names, open_inside, read_json};
 use crate::header::{Header, read_header};
-use crate::io::Source;
+use crate::io::{Source, Windows};
 use crate::layout::{INDEX_FILE, MODEL_FILE};
 
 /// Where a tensor lies and what it is.
@@ -51,6 +52,7 @@ pub struct ShardSet {
     files: Vec<PathBuf>,
     metadata: BTreeMap<String, String>,
     open: HashMap<PathBuf, Source>,
+    windows: Arc<Windows>,
     tensors: Vec<TensorInfo>,
 }
 
@@ -154,6 +156,7 @@ impl ShardSet {
             files: Vec::new(),
             metadata: BTreeMap::new(),
             open: HashMap::new(),
+            windows: Arc::default(),
             tensors: Vec::new(),
         }
     }
@@ -171,7 +174,7 @@ impl ShardSet {
         }
         self.metadata.extend(header.metadata);
         self.files.push(path.clone());
-        self.open.insert(path, Source::new(file));
+        self.open.insert(path, Source::new(file, &self.windows));
     }
 
     fn sorted(mut self) -> Result<ShardSet> {

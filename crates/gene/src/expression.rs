@@ -98,11 +98,17 @@ impl Expression {
         self.coefficients.get(&layer).copied().unwrap_or(0.0)
     }
 
+    /// Refuses a gene that the expression was not made for.
+    pub fn check_gene(&self, gene_content: &str) -> Result<()> {
+        if self.gene == gene_content {
+            return Ok(());
+        }
+        Err(GeneError::OtherGene { expected: self.gene.clone(), found: gene_content.to_owned() })
+    }
+
     /// Refuses a gene or a target that the expression was not made for.
     pub fn check_made_for(&self, gene_content: &str, target_content: &str) -> Result<()> {
-        if self.gene != gene_content {
-            return Err(GeneError::OtherGene { expected: self.gene.clone(), found: gene_content.to_owned() });
-        }
+        self.check_gene(gene_content)?;
         if self.target != target_content {
             return Err(GeneError::OtherTarget {
                 expected: self.target.clone(),

@@ -35,20 +35,46 @@ impl Eigen {
     }
 }
 
+/// The eigenvectors of a Gram matrix of columns brought to unit length, and with them the way to an orthonormal basis.
+/// Unit length first: the eigenvalues are then about directions, not about how long a column is.
+pub(crate) struct Directions {
+    /// What each column is multiplied by.
+    inverse: Vec<f64>,
+    eigen: Eigen,
+}
+
+impl Directions {
+    /// Of the columns whose Gram matrix this is.
+    pub(crate) fn new(gram: &[f64], l: usize) -> Result<Directions> {
+        let inverse: Vec<f64> = (0..l)
+            .map(|i| gram[i * l + i])
+            .map(|square| if square > 0.0 { 1.0 / square.sqrt() } else { 0.0 })
+            .collect();
+        let unit: Vec<f64> = (0..l * l).map(|at| gram[at] * inverse[at / l] * inverse[at % l]).collect();
+        let eigen = Eigen::new(&unit, l)?;
+        Ok(Directions { inverse, eigen })
+    }
+
+    /// The eigenvalues above a share of the largest, largest first.
+    pub(crate) fn above(&self, share: f64) -> &[f64] {
+        let cut = self.eigen.values.first().copied().unwrap_or(0.0).max(0.0) * share;
+        let count = self.eigen.values.iter().take_while(|&&value| value > cut).count();
+        &self.eigen.values[..count]
+    }
+
+    /// `T` (row-major, `count` columns), such that `Y T` has orthonormal columns.
+    pub(crate) fn to_basis(&self, count: usize) -> Vec<f64> {
+        self.eigen.scaled(count, |i| self.inverse[i], |j| 1.0 / self.eigen.values[j].sqrt())
+    }
+}
+
 /// `W` (row-major) and its column count, such that `Y W` has orthonormal columns and spans what `Y` spans, from the
 /// Gram matrix of `Y`. Directions that vanish to rounding are dropped.
 pub(crate) fn whitening(gram: &[f64], l: usize) -> Result<(Vec<f64>, usize)> {
-    // Columns of norm 1 first: the cut below is then about directions, not about how long a column is.
-    let inverse: Vec<f64> = (0..l)
-        .map(|i| gram[i * l + i])
-        .map(|square| if square > 0.0 { 1.0 / square.sqrt() } else { 0.0 })
-        .collect();
-    let unit: Vec<f64> = (0..l * l).map(|at| gram[at] * inverse[at / l] * inverse[at % l]).collect();
-    let eigen = Eigen::new(&unit, l)?;
+    let directions = Directions::new(gram, l)?;
     // A Gram matrix in f64 knows eigenvalues down to about l epsilons of the largest.
-    let cut = eigen.values.first().copied().unwrap_or(0.0) * 4.0 * l as f64 * f64::EPSILON;
-    let kept = eigen.values.iter().take_while(|&&value| value > cut).count();
-    Ok((eigen.scaled(kept, |i| inverse[i], |j| 1.0 / eigen.values[j].sqrt()), kept))
+    let kept = directions.above(4.0 * l as f64 * f64::EPSILON).len();
+    Ok((directions.to_basis(kept), kept))
 }
 
 #[cfg(test)]

@@ -10,8 +10,9 @@ use checkpoint::{Checkpoint, PartialFolder};
 use kernels::Engine;
 use serde_json::{Map, Value};
 
-use crate::extract::{Input, Ranks, Work, make};
+use crate::extract::{Input, Ranks, Work};
 use crate::fuse::{self, FuseReport};
+use crate::make::make_gene;
 use crate::pairing::pairs;
 use crate::parts::{self, Placed, Segments, Worker};
 use crate::{Extract, ExtractReport, Result, StreamError};
@@ -67,7 +68,7 @@ pub fn assemble<E: Engine>(engine: &E, out: &Path, memory_bytes: u64, force: boo
     if now != work {
         return Err(StreamError::OtherWork { journal: folder });
     }
-    make(engine, &job, &work, &pairs(&job.aligned, &job.degraded)?).map(Assembled::Gene)
+    make_gene(engine, &job, &work, &pairs(&job.aligned, &job.degraded)?).map(Assembled::Gene)
 }
 
 /// The ranks that a gene's options say.

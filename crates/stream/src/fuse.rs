@@ -58,7 +58,7 @@ pub struct Fuse {
     pub genes: Vec<Expressed>,
     /// The model that it is added to.
     pub target: Checkpoint,
-    /// The content that the target has to have, where coefficients were made for it.
+    /// The content of the target that coefficients were made for; another one is an error without `force`.
     pub target_content: Option<String>,
     /// Where the result goes.
     pub out: PathBuf,
@@ -70,7 +70,7 @@ pub struct Fuse {
     pub drop_rest: bool,
     /// Whether 8-bit weights may become bf16.
     pub dequantize: bool,
-    /// Whether an output that exists may be replaced.
+    /// Whether an output that exists may be replaced, and the target be another one.
     pub force: bool,
     /// Bytes of weights and work under way.
     pub memory_bytes: u64,
@@ -107,6 +107,8 @@ pub struct FuseReport {
     pub already: bool,
     /// The output is not made yet: other workers' shares are missing.
     pub partial: bool,
+    /// The target is not the one that the coefficients were made for.
+    pub other_target: bool,
     /// Merged: tensors that an earlier run had finished.
     pub resumed: u64,
     /// The folders.
@@ -165,7 +167,7 @@ pub fn fuse<E: Engine>(engine: &E, job: &Fuse, progress: &dyn Progress) -> Resul
         let mut record = Record::new(job, form);
         if compare || form == "adapter" {
             record.target = job.target.content()?;
-            check_content(job, &record.target)?;
+            report.other_target = is_other(job, &record.target)?;
         }
         let before = if compare { record.finished(&out) } else { None };
         if before.is_none() && compare {
@@ -211,12 +213,13 @@ impl FuseReport {
     }
 }
 
-fn check_content(job: &Fuse, found: &str) -> Result<()> {
+/// Whether the target is another one than the coefficients were made for, which is an error without `force`.
+fn is_other(job: &Fuse, found: &str) -> Result<bool> {
     match &job.target_content {
-        Some(wanted) if wanted != found => {
+        Some(wanted) if wanted != found && !job.force => {
             Err(GeneError::OtherTarget { expected: wanted.clone(), found: found.to_owned() }.into())
         }
-        _ => Ok(()),
+        wanted => Ok(wanted.as_ref().is_some_and(|wanted| wanted != found)),
     }
 }
 
@@ -486,9 +489,12 @@ fn finish(
         return Err(nothing_changed(job));
     }
     let content = job.target.content_from(&digests)?;
-    if let Err(error) = check_content(job, &content) {
-        writer.discard();
-        return Err(error);
+    match is_other(job, &content) {
+        Ok(other) => report.other_target = other,
+        Err(error) => {
+            writer.discard();
+            return Err(error);
+        }
     }
     for file in files {
         writer.take(&file.name)?;

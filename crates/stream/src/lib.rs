@@ -13,6 +13,7 @@ mod error;
 mod extract;
 mod flow;
 mod fuse;
+mod make;
 mod merge;
 mod pairing;
 mod parts;

@@ -15,7 +15,7 @@ use std::sync::mpsc::channel;
 use std::sync::{Mutex, PoisonError};
 
 use checkpoint::{
-    Checkpoint, Dtype as Stored, Factors, PlacedShard, TensorInfo, TensorSpec, Unit, module_of,
+    Checkpoint, Dtype as FileDtype, Factors, PlacedShard, TensorInfo, TensorSpec, Unit, module_of,
     safetensors_header,
 };
 use kernels::{AddStats, Dtype, Engine, Scales, Shape, Weights};
@@ -79,7 +79,7 @@ pub(crate) struct OutFile<'a> {
 /// A tensor of the output.
 pub(crate) struct OutTensor<'a> {
     pub(crate) info: &'a TensorInfo,
-    dtype: Stored,
+    dtype: FileDtype,
     offset: u64,
 }
 
@@ -133,7 +133,7 @@ pub(crate) fn out_files(target: &Checkpoint, dequantize: bool) -> Result<Vec<Out
             .into_iter()
             .filter(|info| !scale_tensors.contains(&info.name))
             .map(|info| {
-                let dtype = if scaled.contains(&info.name) { Stored::Bf16 } else { info.dtype };
+                let dtype = if scaled.contains(&info.name) { FileDtype::Bf16 } else { info.dtype };
                 OutTensor { info, dtype, offset: 0 }
             })
             .collect();
@@ -157,7 +157,7 @@ pub(crate) fn out_files(target: &Checkpoint, dequantize: bool) -> Result<Vec<Out
 /// Some rows of a stored tensor, or all of it.
 struct Block<'a> {
     info: &'a TensorInfo,
-    to: Stored,
+    to: FileDtype,
     file: usize,
     /// Where it goes in that file.
     offset: u64,

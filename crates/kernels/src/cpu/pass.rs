@@ -47,7 +47,6 @@ struct Scratch {
     buffers: Buffers,
     panel: Lines,
     y: Vec<f32>,
-    wide: Vec<f64>,
 }
 
 thread_local! {
@@ -286,96 +285,72 @@ struct Residual<'a, T> {
     rank: usize,
     a: &'a [T],
     cols: usize,
+    /// A block of the rest.
+    rest: Vec<T>,
     sum: LaneSum,
 }
 
 /// Rows and columns of the rest that are looked at together: 24 or 48 KB.
 const REST: (usize, usize) = (12, 512);
 
-/// How a chain gets at a block of the difference.
-trait Rest: Copy + Into<f64> + Default + Send + Sync {
-    /// Runs the chains over `rows` lines from `start` on, `width` elements of each, and hands the lines to `then`.
-    fn rest<S: Simd>(
+/// What the elements of a rest are computed in.
+trait Element: Copy + Default + From<f32> + Into<f64> + Send + Sync {
+    /// [`tile::chain`] for this type, whatever the vectors.
+    fn chain<S: Simd>(
         simd: S,
-        lines: (&mut [f32], usize),
-        at: (usize, usize, usize),
-        rank: usize,
+        sides: (usize, usize, usize),
         b: &[Self],
         a: (&[Self], usize),
-        wide: &mut Vec<f64>,
-        then: impl FnMut(&[Self]),
+        s: (&mut [Self], usize),
     );
-    fn of(x: f32) -> Self;
 }
 
-impl Rest for f32 {
+impl Element for f32 {
     #[inline(always)]
-    fn rest<S: Simd>(
+    fn chain<S: Simd>(
         simd: S,
-        (lines, ld): (&mut [f32], usize),
-        (rows, start, width): (usize, usize, usize),
-        rank: usize,
+        sides: (usize, usize, usize),
         b: &[f32],
         a: (&[f32], usize),
-        _: &mut Vec<f64>,
-        mut then: impl FnMut(&[f32]),
+        s: (&mut [f32], usize),
     ) {
-        tile::chain(simd, (rows, width, rank), b, a, (&mut lines[start..], ld));
-        for line in lines.chunks(ld).take(rows) {
-            then(&line[start..][..width]);
-        }
-    }
-
-    #[inline(always)]
-    fn of(x: f32) -> f32 {
-        x
+        tile::chain(simd, sides, b, a, s);
     }
 }
 
-impl Rest for f64 {
+impl Element for f64 {
     #[inline(always)]
-    fn rest<S: Simd>(
+    fn chain<S: Simd>(
         simd: S,
-        (lines, ld): (&mut [f32], usize),
-        (rows, start, width): (usize, usize, usize),
-        rank: usize,
+        sides: (usize, usize, usize),
         b: &[f64],
         a: (&[f64], usize),
-        wide: &mut Vec<f64>,
-        mut then: impl FnMut(&[f64]),
+        s: (&mut [f64], usize),
     ) {
-        wide.resize(REST.0 * REST.1, 0.0);
-        for (wide, d) in wide.chunks_exact_mut(REST.1).zip(lines.chunks(ld)).take(rows) {
-            for (wide, &x) in wide[..width].iter_mut().zip(&d[start..][..width]) {
-                *wide = f64::from(x);
-            }
-        }
-        tile::chain(simd, (rows, width, rank), b, a, (wide, REST.1));
-        for line in wide.chunks_exact(REST.1).take(rows) {
-            then(&line[..width]);
-        }
-    }
-
-    #[inline(always)]
-    fn of(x: f32) -> f64 {
-        f64::from(x)
+        tile::chain(simd, sides, b, a, s);
     }
 }
 
-impl<T: Rest> Visit for Residual<'_, T> {
+impl<T: Element> Visit for Residual<'_, T> {
     #[inline(always)]
     fn panel<S: Simd>(&mut self, simd: S, first: usize, rows: usize, cut: Cut, scratch: &mut Scratch) {
-        let Scratch { panel, wide, .. } = scratch;
+        let (d, rank) = (scratch.panel.as_slice(), self.rank);
         for row in (0..rows).step_by(REST.0) {
             let rows = REST.0.min(rows - row);
-            let b = &self.b[(first + row) * self.rank..][..rows * self.rank];
+            let b = &self.b[(first + row) * rank..][..rows * rank];
             for start in (0..self.cols).step_by(REST.1) {
                 let width = REST.1.min(self.cols - start);
-                let lines = (&mut panel.as_mut()[row * cut.ld..], cut.ld);
                 let a = (&self.a[start.min(self.a.len())..], cut.ld);
-                T::rest(simd, lines, (rows, start, width), self.rank, b, a, wide, |line| {
-                    self.sum.squares(line)
-                });
+                let lines = d[row * cut.ld..].chunks_exact(cut.ld).take(rows);
+                for (rest, d) in self.rest.chunks_exact_mut(REST.1).zip(lines) {
+                    for (rest, &x) in rest[..width].iter_mut().zip(&d[start..][..width]) {
+                        *rest = T::from(x);
+                    }
+                }
+                T::chain(simd, (rows, width, rank), b, a, (&mut self.rest, REST.1));
+                for line in self.rest.chunks_exact(REST.1).take(rows) {
+                    self.sum.squares(&line[..width]);
+                }
             }
         }
     }
@@ -398,19 +373,23 @@ pub(super) fn residual(pair: &CpuPair, b: &CpuMatrix, a: &CpuMatrix) -> Result<f
     if error <= RESIDUAL_ERROR * found { Ok(found) } else { residual_in::<f64>(pair, b, a) }
 }
 
-fn residual_in<T: Rest + Send + Sync>(pair: &CpuPair, b: &CpuMatrix, a: &CpuMatrix) -> Result<f64>
-where
-    for<'a> Residual<'a, T>: Visit,
-{
+fn residual_in<T: Element>(pair: &CpuPair, b: &CpuMatrix, a: &CpuMatrix) -> Result<f64> {
     let (cut, rank) = (Cut::new(pair.shape), b.shape.cols);
     let mut padded = vec![T::default(); rank * cut.ld];
     for (padded, a) in padded.chunks_exact_mut(cut.ld).zip(a.data.chunks_exact(pair.shape.cols)) {
-        padded.iter_mut().zip(a).for_each(|(padded, &x)| *padded = T::of(x));
+        padded.iter_mut().zip(a).for_each(|(padded, &x)| *padded = T::from(x));
     }
-    let b: Vec<T> = b.data.iter().map(|&x| T::of(-x)).collect();
+    let b: Vec<T> = b.data.iter().map(|&x| T::from(-x)).collect();
     let cols = pair.shape.cols.next_multiple_of(tile::ALIGN);
     let groups = (0..pair.shape.rows.div_ceil(cut.group))
-        .map(|_| Residual { b: &b, rank, a: &padded, cols, sum: LaneSum::default() })
+        .map(|_| Residual {
+            b: &b,
+            rank,
+            a: &padded,
+            cols,
+            rest: vec![T::default(); REST.0 * REST.1],
+            sum: LaneSum::default(),
+        })
         .collect();
     Ok(pass(pair, groups, cut, None)?.into_iter().map(|group| group.sum.total()).sum())
 }

@@ -118,13 +118,15 @@ fn check_residual(engine: &impl Engine, rows: usize, cols: usize, rank: usize, r
         engine.residual(&pair, &b, &a).unwrap()
     });
     let want = reference::residual(&delta, shape, &b, &a, rank);
-    // In f64 each rest carries `rank` roundings of products below 1, and the sum `rows * cols`; in f32, where the engine
-    // may use it, they add 1e-6 of the result, and what is left of them where they do not cancel: a standard error of
-    // 2 |rest| |roundings|, with the roundings 1e-3 of the rest, shared out over the elements; five of those.
+    // In f64 each rest carries `rank` roundings of products below 1, and the sum `rows * cols`.
     let size = (rows * cols) as f64;
-    let in_f64 = 4.0 * rank as f64 * f64::EPSILON / f64::from(rest) + size * f64::EPSILON;
-    let rel = in_f64 + 1e-6 + 5.0 * 2.0 * 1e-3 / size.max(1.0).sqrt();
-    let rel = if rest < 1e-5 { in_f64 * 10.0 } else { rel };
+    let in_f64 = 4.0 * rank as f64 * f64::EPSILON / f64::from(rest.min(1e-7)) + size * f64::EPSILON;
+    // In f32, where the engine may use it, roundings e of half an epsilon of what all products come to, `rank` of them
+    // for each element: |d + e|^2 is off by 2 |d| |e| + |e|^2 at the most.
+    let square = |x: &[f32]| x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>();
+    let e = rank as f64 * (f64::from(f32::EPSILON) / 2.0).powi(2) * (square(&b) * square(&a) + want);
+    let in_f32 = if rest < 1e-5 || want == 0.0 { 0.0 } else { 2.0 * (e / want).sqrt() + e / want };
+    let rel = in_f64 + in_f32;
     assert!((got - want).abs() <= rel * want, "{shape} rank {rank}: {got} for {want}");
 }
 

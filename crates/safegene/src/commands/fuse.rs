@@ -77,20 +77,21 @@ fn genes(
         let coefficients: BTreeMap<u32, f64> = match job.expression.get(at) {
             Some(path) => {
                 let expression = Expression::read(path)?;
-                // The target's content is only known once it was read, which the fuse does anyway.
-                if let Err(e) = expression.check_made_for(gene.content(), &expression.target) {
+                if let Err(e) = expression.check_gene(gene.content()) {
                     if !job.force {
                         return Err(e.into());
                     }
                     ui.warn(&e.to_string());
                 }
-                if !job.force {
-                    if made_for.as_ref().is_some_and(|other| *other != expression.target) {
-                        let message = "the expressions were made for different targets".to_owned();
+                // Held against the target by the fuse: its content is known once it was read.
+                if made_for.as_ref().is_some_and(|other| *other != expression.target) {
+                    let message = "the expressions were made for different targets".to_owned();
+                    if !job.force {
                         return Err(Failure::usage(message, "calibrate each gene for this target"));
                     }
-                    made_for = Some(expression.target.clone());
+                    ui.warn(&message);
                 }
+                made_for = Some(expression.target.clone());
                 expression.coefficients
             }
             None => {
@@ -109,7 +110,7 @@ pub(super) fn show(report: &stream::FuseReport, json: bool, ui: &Ui) {
     if json {
         ui.data(
             &serde_json::json!({"schema": 1, "outputs": report.outputs, "already": report.already,
-                "partial": report.partial, "resumed": report.resumed, "code": report.code,
+                "partial": report.partial, "resumed": report.resumed, "code": report.code, "other_target": report.other_target,
                 "tensors_changed": report.tensors_changed, "elements_changed": report.elements_changed,
                 "intended_sumsq": report.intended_sumsq, "realised_sumsq": report.realised_sumsq,
                 "adapter_modules": report.adapter_modules, "dropped": report.dropped, "stages": report.stages,
@@ -133,6 +134,9 @@ pub(super) fn show(report: &stream::FuseReport, json: bool, ui: &Ui) {
             report.intended_sumsq,
             report.wall_s
         ));
+    }
+    if report.other_target {
+        ui.warn("the coefficients were made for another target");
     }
     if report.resumed > 0 {
         ui.say(&format!("  {} tensors were finished by an earlier run", report.resumed));

@@ -555,7 +555,9 @@ fn target_other_than_the_coefficients_were_made_for() {
         let name = format!("{form:?}");
         let job = Fuse { target_content: Some("blake3:00".into()), ..setup.job(&name, form) };
         assert!(matches!(setup.refused(&job), StreamError::Gene(GeneError::OtherTarget { .. })));
+        let forced = Fuse { force: true, out: setup.dir.path().join(format!("{name}-forced")), ..job };
+        assert!(run(&forced).unwrap().other_target);
         let job = Fuse { target_content: Some(content.clone()), ..setup.job(&name, form) };
-        run(&job).unwrap();
+        assert!(!run(&job).unwrap().other_target);
     }
 }
