@@ -33,6 +33,25 @@ pub struct AddStats {
     pub realised_sumsq: f64,
 }
 
+/// Memory of the host that an engine takes weights from.
+pub trait HostBytes: AsRef<[u8]> + AsMut<[u8]> + Send + Sync {}
+
+impl<T: AsRef<[u8]> + AsMut<[u8]> + Send + Sync> HostBytes for T {}
+
+/// Such memory, owned.
+pub type HostBuffer = Box<dyn HostBytes>;
+
+/// What an engine wants of whoever feeds it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Demand {
+    /// Threads that may call at once to good effect.
+    pub callers: usize,
+    /// Threads that read for it.
+    pub readers: usize,
+    /// Bytes of weights under way at most, if the engine's own memory is the limit.
+    pub bytes: Option<u64>,
+}
+
 /// Arithmetic on weights, on one kind of device.
 pub trait Engine: Send + Sync {
     /// A difference of stored weights, `D`, which need not exist as a matrix.
@@ -42,6 +61,16 @@ pub trait Engine: Send + Sync {
 
     /// What people call this engine.
     fn name(&self) -> String;
+
+    /// What it wants of whoever feeds it.
+    fn demand(&self) -> Demand;
+
+    /// Memory of the host from which weights get to the engine fastest, with anything in it; nothing where any memory is as
+    /// good, or none is to be had.
+    fn buffer(&self, len: usize) -> Option<HostBuffer> {
+        let _ = len;
+        None
+    }
 
     /// Takes two sides of equal shape over.
     fn pair(&self, aligned: Weights, degraded: Weights) -> Result<Self::Pair>;

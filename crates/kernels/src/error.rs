@@ -94,4 +94,22 @@ pub enum KernelError {
         /// The flat index of the first such element.
         index: u64,
     },
+    /// A call of the device's driver failed.
+    #[error("the CUDA call `{call}` failed: {message}")]
+    Device {
+        /// The call.
+        call: &'static str,
+        /// The driver's number for what happened.
+        code: u32,
+        /// What the driver says about it.
+        message: String,
+    },
+    /// The device has not enough memory, even for the smallest part of an operand.
+    #[error("the device needs {need_bytes} bytes more memory and has {free_bytes} free")]
+    DeviceMemory {
+        /// What was asked for.
+        need_bytes: u64,
+        /// What the driver says is free.
+        free_bytes: u64,
+    },
 }

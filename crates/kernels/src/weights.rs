@@ -136,15 +136,48 @@ impl Weights {
         let size = self.shape.cols * self.dtype.bytes();
         match &self.rows {
             Rows::Held(bytes) => Ok(&(**bytes).as_ref()[first * size..(first + count) * size]),
-            Rows::Read(reader) => {
+            Rows::Read(_) => {
                 buffer.resize(count * size, 0);
-                match reader.read(first, buffer) {
-                    Ok(()) => Ok(buffer),
-                    Err(Unreadable) => Err(KernelError::Unread { side, first_row: first }),
-                }
+                self.read_rows(side, first, buffer)?;
+                Ok(buffer)
             }
         }
     }
+
+    /// Fills `out` with the bytes of whole rows.
+    pub(crate) fn read_rows(&self, side: Side, first: usize, out: &mut [u8]) -> Result<()> {
+        match &self.rows {
+            Rows::Held(bytes) => {
+                let size = self.shape.cols * self.dtype.bytes();
+                out.copy_from_slice(&(**bytes).as_ref()[first * size..][..out.len()]);
+                Ok(())
+            }
+            Rows::Read(reader) => {
+                reader.read(first, out).map_err(|Unreadable| KernelError::Unread { side, first_row: first })
+            }
+        }
+    }
+}
+
+/// Says on which side the element is that makes a difference infinite or NaN.
+#[cold]
+pub(crate) fn blame(aligned: &Weights, degraded: &Weights, index: u64) -> KernelError {
+    let cols = aligned.shape.cols.max(1) as u64;
+    let (row, col) = ((index / cols) as usize, (index % cols) as usize);
+    for (side, weights) in [(Side::Aligned, aligned), (Side::Degraded, degraded)] {
+        let mut buffer = Vec::new();
+        let bytes = match weights.rows(side, row, 1, &mut buffer) {
+            Ok(bytes) => bytes,
+            Err(error) => return error,
+        };
+        let size = weights.dtype.bytes();
+        let mut x = [0.0];
+        weights.dtype.widen_f64(&bytes[col * size..][..size], &mut x);
+        if !x[0].is_finite() {
+            return KernelError::NonFinite { side, index };
+        }
+    }
+    KernelError::Overflow { what: "delta", index }
 }
 
 impl fmt::Debug for Weights {

@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 use crate::philox::{entry, sketch_words};
 use crate::weights::Weights;
-use crate::{AddStats, DeltaStats, Dtype, Engine, KernelError, Result, Shape};
+use crate::{AddStats, DeltaStats, Demand, Dtype, Engine, KernelError, Result, Shape};
 pub use rows::CpuPair;
 
 /// Rows (or columns) of a panel.
@@ -51,6 +51,11 @@ impl Engine for CpuEngine {
 
     fn name(&self) -> String {
         "cpu".to_owned()
+    }
+
+    fn demand(&self) -> Demand {
+        // Readers of both sides of a pair, and of the next one.
+        Demand { callers: rayon::current_num_threads(), readers: 2, bytes: None }
     }
 
     fn pair(&self, aligned: Weights, degraded: Weights) -> Result<CpuPair> {

@@ -4,7 +4,7 @@
 //! once. Rows are summed in eight interleaved parts, panel by panel.
 
 use super::LaneSum;
-use crate::weights::Weights;
+use crate::weights::{Weights, blame};
 use crate::{DeltaStats, Dtype, KernelError, Result, Shape, Side};
 
 /// Elements widened at a time; the buffers stay in the first cache.
@@ -86,7 +86,7 @@ impl CpuPair {
                     None => bf16_row(a_row, d_row, out),
                     Some(sums) => {
                         if !bf16_row_sums(a_row, d_row, out, sums) {
-                            return Err(self.culprit((first + row, 0), a_row, d_row, out));
+                            return Err(self.culprit((first + row, 0), out));
                         }
                     }
                 }
@@ -180,28 +180,14 @@ impl CpuPair {
         sums.sumsq.add(&sumsq);
         sums.ulp_sumsq.add(&ulp);
         // A finite f32 has a finite square in f64, so the sum tells whether any difference is not finite.
-        if sumsq.0.iter().all(|x| x.is_finite()) {
-            Ok(())
-        } else {
-            Err(self.culprit(at, a_bytes, d_bytes, out))
-        }
+        if sumsq.0.iter().all(|x| x.is_finite()) { Ok(()) } else { Err(self.culprit(at, out)) }
     }
 
-    /// Names the first element whose difference is not finite.
+    /// Names the first element of `out`, a part of one row from (row, column) on, that is not finite.
     #[cold]
-    fn culprit(&self, (row, col): (usize, usize), a: &[u8], d: &[u8], out: &[f32]) -> KernelError {
+    fn culprit(&self, (row, col): (usize, usize), out: &[f32]) -> KernelError {
         let at = out.iter().position(|x| !x.is_finite()).unwrap_or(0);
-        let index = (row * self.shape.cols + col + at) as u64;
-        for (side, weights, bytes) in [(Side::Aligned, &self.aligned, a), (Side::Degraded, &self.degraded, d)]
-        {
-            let mut x = [0.0];
-            let size = weights.dtype.bytes();
-            weights.dtype.widen_f64(&bytes[at * size..][..size], &mut x);
-            if !x[0].is_finite() {
-                return KernelError::NonFinite { side, index };
-            }
-        }
-        KernelError::Overflow { what: "delta", index }
+        blame(&self.aligned, &self.degraded, (row * self.shape.cols + col + at) as u64)
     }
 }
 

@@ -1,64 +1,19 @@
 //! `add_low_rank`: to the bit, with its sums, and what it refuses.
 
-use kernels::{CpuEngine, Dtype, Engine, KernelError, Shape, Side, reference};
+use kernels::{Dtype, Engine, KernelError, Shape, Side, selftest};
 
-use crate::{DTYPES, noise, on_any_threads, stored};
+use crate::{DTYPES, check, on_engines, stored};
 
-/// Terms given by their ranks, with coefficients that are not exact in binary.
 #[track_caller]
-fn check(engine: &impl Engine, rows: usize, cols: usize, ranks: &[usize], dtype: Dtype) {
-    let shape = Shape { rows, cols };
-    let w = stored(&noise(1, rows * cols), dtype);
-    let factors: Vec<(f32, Vec<f32>, Vec<f32>, usize)> = ranks
-        .iter()
-        .enumerate()
-        .map(|(i, &rank)| {
-            let mut b = noise(10 + i as u32, rows * rank);
-            // Rows of zeros: their weights must keep their bits.
-            b.iter_mut().enumerate().filter(|(at, _)| at / rank.max(1) % 3 == 0).for_each(|(_, x)| *x = 0.0);
-            (0.1 + i as f32 / 3.0, b, noise(20 + i as u32, rank * cols), rank)
-        })
-        .collect();
-    let (got, stats) = on_any_threads(|| {
-        let matrices: Vec<_> = factors
-            .iter()
-            .map(|(c, b, a, rank)| {
-                let b = engine.matrix(b, Shape { rows, cols: *rank }).unwrap();
-                (*c, b, engine.matrix(a, Shape { rows: *rank, cols }).unwrap())
-            })
-            .collect();
-        let terms: Vec<_> = matrices.iter().map(|(c, b, a)| (*c, b, a)).collect();
-        let mut out = w.clone();
-        let stats = engine.add_low_rank(&mut out, dtype, shape, &terms).unwrap();
-        (out, stats)
-    });
-    let (mut changed, mut intended, mut realised) = (0, 0.0f64, 0.0f64);
-    let size = dtype.bytes();
-    assert_eq!(got.len(), w.len());
-    for i in 0..rows * cols {
-        let (row, col) = (i / cols, i % cols);
-        let products: Vec<(f32, f32, f32)> = factors
-            .iter()
-            .flat_map(|(c, b, a, rank)| (0..*rank).map(move |k| (*c, b[row * rank + k], a[k * cols + col])))
-            .collect();
-        let want = reference::add_low_rank(&w, dtype, i, &products);
-        assert_eq!(got[i * size..(i + 1) * size], want, "element {i} of {shape}, ranks {ranks:?}, {dtype:?}");
-        let (old, new) = (reference::widen(&w, dtype, i), reference::widen(&want, dtype, 0));
-        changed += u64::from(old != new);
-        intended += f64::from(products.iter().fold(0.0f32, |s, &(c, b, a)| (c * b).mul_add(a, s))).powi(2);
-        realised += (new - old).powi(2);
-    }
-    let rel = 2.0 * (rows * cols) as f64 * f64::EPSILON; // positive terms, in another order
-    assert_eq!(stats.changed, changed);
-    assert!((stats.intended_sumsq - intended).abs() <= rel * intended);
-    assert!((stats.realised_sumsq - realised).abs() <= rel * realised);
+fn check(rows: usize, cols: usize, ranks: &[usize], dtype: Dtype) {
+    check!(|engine| selftest::add_low_rank(engine, rows, cols, ranks, dtype));
 }
 
 #[test]
 fn add_low_rank_of_odd_shapes_and_ranks() {
     for (rows, cols) in [(1, 1), (129, 5), (3, 2050), (260, 33), (0, 4)] {
         for ranks in [&[][..], &[1], &[3, 5], &[0, 7, 1]] {
-            check(&CpuEngine::new(), rows, cols, ranks, Dtype::Bf16);
+            check(rows, cols, ranks, Dtype::Bf16);
         }
     }
 }
@@ -66,31 +21,33 @@ fn add_low_rank_of_odd_shapes_and_ranks() {
 #[test]
 fn add_low_rank_in_every_format() {
     for dtype in DTYPES {
-        check(&CpuEngine::new(), 130, 19, &[4, 2], dtype);
+        check(130, 19, &[4, 2], dtype);
     }
 }
 
 #[test]
 fn add_low_rank_of_zero_keeps_every_bit() {
-    let engine = CpuEngine::new();
-    let shape = Shape { rows: 1, cols: 3 };
-    let w = stored(&[-0.0, 0.0, 1.5], Dtype::Bf16);
-    let b = engine.matrix(&[1.0], Shape { rows: 1, cols: 1 }).unwrap();
-    let a = engine.matrix(&[1.0, -1.0, 2.0], shape).unwrap();
-    let mut out = w.clone();
-    let stats = engine.add_low_rank(&mut out, Dtype::Bf16, shape, &[(0.0, &b, &a)]).unwrap();
-    assert_eq!(out, w);
-    assert_eq!((stats.changed, stats.intended_sumsq, stats.realised_sumsq), (0, 0.0, 0.0));
+    on_engines!(|engine| {
+        let shape = Shape { rows: 1, cols: 3 };
+        let w = stored(&[-0.0, 0.0, 1.5], Dtype::Bf16);
+        let b = engine.matrix(&[1.0], Shape { rows: 1, cols: 1 }).unwrap();
+        let a = engine.matrix(&[1.0, -1.0, 2.0], shape).unwrap();
+        let mut out = w.clone();
+        let stats = engine.add_low_rank(&mut out, Dtype::Bf16, shape, &[(0.0, &b, &a)]).unwrap();
+        assert_eq!(out, w);
+        assert_eq!((stats.changed, stats.intended_sumsq, stats.realised_sumsq), (0, 0.0, 0.0));
+    });
 }
 
 #[track_caller]
 fn check_refused(w: &[f32], dtype: Dtype, a: f32, want: KernelError) {
-    let engine = CpuEngine::new();
-    let shape = Shape { rows: 1, cols: w.len() };
-    let b = engine.matrix(&[1.0], Shape { rows: 1, cols: 1 }).unwrap();
-    let a = engine.matrix(&vec![a; w.len()], shape).unwrap();
-    let result = engine.add_low_rank(&mut stored(w, dtype), dtype, shape, &[(1.0, &b, &a)]);
-    assert_eq!(result.unwrap_err(), want);
+    on_engines!(|engine| {
+        let shape = Shape { rows: 1, cols: w.len() };
+        let b = engine.matrix(&[1.0], Shape { rows: 1, cols: 1 }).unwrap();
+        let a = engine.matrix(&vec![a; w.len()], shape).unwrap();
+        let result = engine.add_low_rank(&mut stored(w, dtype), dtype, shape, &[(1.0, &b, &a)]);
+        assert_eq!(result.unwrap_err(), want);
+    });
 }
 
 #[test]
@@ -103,28 +60,30 @@ fn add_low_rank_refuses_overflow_and_what_is_not_finite() {
         check_refused(&[0.0, bad], Dtype::Bf16, 1.0, KernelError::NonFinite { side: Side::Target, index: 1 });
     }
     // The first element at fault is named even where a later column block of an earlier row is at fault too.
-    let engine = CpuEngine::new();
-    let shape = Shape { rows: 2, cols: 3000 };
-    let mut w = vec![0.0; 6000];
-    (w[2999], w[3000]) = (f32::NAN, f32::NAN);
-    let b = engine.matrix(&[1.0; 2], Shape { rows: 2, cols: 1 }).unwrap();
-    let a = engine.matrix(&vec![1.0; 3000], Shape { rows: 1, cols: 3000 }).unwrap();
-    let mut w = stored(&w, Dtype::Bf16);
-    let error = engine.add_low_rank(&mut w, Dtype::Bf16, shape, &[(1.0, &b, &a)]).unwrap_err();
-    assert_eq!(error, KernelError::NonFinite { side: Side::Target, index: 2999 });
+    on_engines!(|engine| {
+        let shape = Shape { rows: 2, cols: 3000 };
+        let mut w = vec![0.0; 6000];
+        (w[2999], w[3000]) = (f32::NAN, f32::NAN);
+        let b = engine.matrix(&[1.0; 2], Shape { rows: 2, cols: 1 }).unwrap();
+        let a = engine.matrix(&vec![1.0; 3000], Shape { rows: 1, cols: 3000 }).unwrap();
+        let mut w = stored(&w, Dtype::Bf16);
+        let error = engine.add_low_rank(&mut w, Dtype::Bf16, shape, &[(1.0, &b, &a)]).unwrap_err();
+        assert_eq!(error, KernelError::NonFinite { side: Side::Target, index: 2999 });
+    });
 }
 
 #[test]
 fn add_low_rank_of_shapes_that_do_not_fit() {
-    let engine = CpuEngine::new();
-    let (mut w, shape) = ([0; 12], Shape { rows: 2, cols: 3 });
-    let b = engine.matrix(&[1.0; 2], Shape { rows: 2, cols: 1 }).unwrap();
-    let a = engine.matrix(&[1.0; 2], Shape { rows: 1, cols: 2 }).unwrap();
-    let mut add = |dtype, terms: &[_]| engine.add_low_rank(&mut w, dtype, shape, terms);
-    assert!(matches!(add(Dtype::Bf16, &[(1.0, &b, &a)]), Err(KernelError::ShapeMismatch { .. })));
-    assert!(matches!(add(Dtype::F32, &[]), Err(KernelError::Length { .. })));
-    assert!(matches!(
-        engine.add_low_rank(&mut [0; 6], Dtype::F8E4M3, shape, &[]),
-        Err(KernelError::NotWritten { .. })
-    ));
+    on_engines!(|engine| {
+        let (mut w, shape) = ([0; 12], Shape { rows: 2, cols: 3 });
+        let b = engine.matrix(&[1.0; 2], Shape { rows: 2, cols: 1 }).unwrap();
+        let a = engine.matrix(&[1.0; 2], Shape { rows: 1, cols: 2 }).unwrap();
+        let mut add = |dtype, terms: &[_]| engine.add_low_rank(&mut w, dtype, shape, terms);
+        assert!(matches!(add(Dtype::Bf16, &[(1.0, &b, &a)]), Err(KernelError::ShapeMismatch { .. })));
+        assert!(matches!(add(Dtype::F32, &[]), Err(KernelError::Length { .. })));
+        assert!(matches!(
+            engine.add_low_rank(&mut [0; 6], Dtype::F8E4M3, shape, &[]),
+            Err(KernelError::NotWritten { .. })
+        ));
+    });
 }

@@ -1,0 +1,130 @@
+//! Work for the device that is written down first and done later, all at once.
+//!
+//! Each thread that calls an engine writes a program. When it needs a result on the host the program is handed to a lane
+//! (`lanes`), and if other threads' programs that do the same to other matrices are waiting, they are launched together.
+//! A program owns all memory that it names, so that nothing of it is used again before it is done.
+
+use std::any::Any;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::kernel::{Kernel, SLOTS, WORDS};
+use crate::{Result, Side, Weights};
+
+/// One step.
+pub(super) enum Step {
+    /// Bytes from the host.
+    Upload { from: Source, to: u64, len: u64 },
+    /// Bytes to the host.
+    Download { from: u64, to: u64, len: u64 },
+    /// Bytes inside the device.
+    Copy { from: u64, to: u64, len: u64 },
+    /// Poison, or zeros.
+    Fill { to: u64, value: u8, len: u64 },
+    /// A kernel; `z` blocks for each matrix.
+    Launch { kernel: Kernel, grid: (u32, u32), z: u32, slots: [u64; SLOTS], words: [u32; WORDS] },
+}
+
+/// Where bytes of the host come from.
+pub(super) enum Source {
+    /// Memory that somebody keeps until the program is done.
+    Address(u64),
+    /// Some bytes of shared memory.
+    Bytes { bytes: Arc<dyn AsRef<[u8]> + Send + Sync>, start: usize },
+    /// Rows that are read when they are needed.
+    Rows { weights: Weights, side: Side, first: usize },
+}
+
+impl Step {
+    /// Whether two steps can be one launch, or one after the other in the place of one.
+    fn is_like(&self, other: &Step) -> bool {
+        match (self, other) {
+            (Step::Upload { len: a, .. }, Step::Upload { len: b, .. })
+            | (Step::Download { len: a, .. }, Step::Download { len: b, .. })
+            | (Step::Copy { len: a, .. }, Step::Copy { len: b, .. }) => a == b,
+            (Step::Fill { value: a, len: m, .. }, Step::Fill { value: b, len: n, .. }) => (a, m) == (b, n),
+            (
+                Step::Launch { kernel: a, grid: b, z: c, words: d, .. },
+                Step::Launch { kernel: e, grid: f, z: g, words: h, .. },
+            ) => (a, b, c, d) == (e, f, g, h),
+            _ => false,
+        }
+    }
+}
+
+/// Steps, and what has to live until they are done.
+#[derive(Default)]
+pub(super) struct Program {
+    pub(super) steps: Vec<Step>,
+    keep: Vec<Arc<dyn Any + Send + Sync>>,
+}
+
+impl Program {
+    /// Whether every step of this program is like that of the other.
+    pub(super) fn is_like(&self, other: &Program) -> bool {
+        self.steps.len() == other.steps.len()
+            && self.steps.iter().zip(&other.steps).all(|(a, b)| a.is_like(b))
+    }
+
+    /// Has something live until the program is done.
+    pub(super) fn keep<T: Any + Send + Sync>(&mut self, what: &Arc<T>) {
+        self.keep.push(what.clone());
+    }
+
+    pub(super) fn upload(&mut self, from: Source, to: u64, len: u64) {
+        if len > 0 {
+            self.steps.push(Step::Upload { from, to, len });
+        }
+    }
+
+    pub(super) fn download(&mut self, from: u64, to: u64, len: u64) {
+        if len > 0 {
+            self.steps.push(Step::Download { from, to, len });
+        }
+    }
+
+    pub(super) fn fill(&mut self, to: u64, value: u8, len: u64) {
+        if len > 0 {
+            self.steps.push(Step::Fill { to, value, len });
+        }
+    }
+
+    pub(super) fn copy(&mut self, from: u64, to: u64, len: u64) {
+        if len > 0 {
+            self.steps.push(Step::Copy { from, to, len });
+        }
+    }
+
+    /// A launch of `grid` blocks times `z`; nothing where that is none.
+    pub(super) fn launch(&mut self, kernel: Kernel, grid: (u32, u32), z: u32, slots: &[u64], words: &[u32]) {
+        if grid.0 == 0 || grid.1 == 0 || z == 0 {
+            return;
+        }
+        debug_assert_eq!((slots.len(), words.len()), (kernel.layout().0, kernel.layout().1), "{kernel:?}");
+        let (mut all, mut rest) = ([0; SLOTS], [0; WORDS]);
+        all[..slots.len()].copy_from_slice(slots);
+        rest[..words.len()].copy_from_slice(words);
+        self.steps.push(Step::Launch { kernel, grid, z, slots: all, words: rest });
+    }
+}
+
+/// The program that one thread is writing.
+#[derive(Default)]
+pub(super) struct Track {
+    program: Mutex<Program>,
+    /// Held while a program of this track runs: what was written first is done first.
+    running: Mutex<()>,
+}
+
+impl Track {
+    /// Writes on.
+    pub(super) fn write<T>(&self, write: impl FnOnce(&mut Program) -> T) -> T {
+        write(&mut self.program.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Has everything done that is written, by `run`.
+    pub(super) fn finish(&self, run: impl FnOnce(Program) -> Result<()>) -> Result<()> {
+        let _running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let program = self.write(std::mem::take);
+        if program.steps.is_empty() { Ok(()) } else { run(program) }
+    }
+}
