@@ -1,5 +1,6 @@
 //! The command line. Every default and unit is in the help text.
 
+use crate::device::{Wanted, wanted};
 use clap::{Args as Group, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -16,6 +17,9 @@ pub(crate) struct Args {
     /// Memory for weights under way: bytes, or with K, M, G [default: a quarter of the machine's, at most 4G].
     #[arg(long, global = true, value_name = "SIZE", value_parser = size)]
     pub(crate) memory_budget: Option<u64>,
+    /// Which device computes on weights: auto (the first CUDA device, else the CPU), cpu, cuda or cuda:N.
+    #[arg(long, global = true, value_name = "DEVICE", default_value = "auto", value_parser = wanted)]
+    pub(crate) device: Wanted,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -148,6 +152,13 @@ pub(crate) struct Verify {
     pub(crate) json: bool,
 }
 
+#[derive(Debug, Group)]
+pub(crate) struct Doctor {
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 /// How synthetic weights are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Kind {
@@ -249,6 +260,8 @@ pub(crate) enum Command {
     /// Throughput on synthetic checkpoints, beside the machine's own limits.
     #[command(subcommand)]
     Bench(Bench),
+    /// Devices, drivers, and every operation against its reference.
+    Doctor(Doctor),
     /// The invented-language families that stand in for real models.
     #[command(subcommand)]
     Lab(Lab),

@@ -147,6 +147,7 @@ impl From<stream::StreamError> for Failure {
                 Code::Temporary
             }
             stream::StreamError::OtherWork { .. } => Code::Usage,
+            e if e.is_of_device() => Code::Temporary,
             e => inner_code(e, Code::Input),
         };
         of(&e, code, e.hint())

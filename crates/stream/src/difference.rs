@@ -26,7 +26,7 @@ pub(crate) struct Sides<'a> {
     pub(crate) aligned: &'a Checkpoint,
     pub(crate) degraded: &'a Checkpoint,
     same_base: bool,
-    pool: Arc<Pool>,
+    pool: &'a Pool<'a>,
 }
 
 /// One side's weights, ready to be subtracted.
@@ -75,11 +75,15 @@ impl RowReader for UnitReader {
 
 impl<'a> Sides<'a> {
     /// Looks at what the two stand on; reads their bases only if an adapter stands on a base in another folder.
-    pub(crate) fn new(aligned: &'a Checkpoint, degraded: &'a Checkpoint) -> Result<Sides<'a>> {
+    pub(crate) fn new(
+        aligned: &'a Checkpoint,
+        degraded: &'a Checkpoint,
+        pool: &'a Pool<'a>,
+    ) -> Result<Sides<'a>> {
         let adapted = aligned.adapter().is_some() || degraded.adapter().is_some();
         let same_base =
             adapted && (same_folder(aligned, degraded) || base_content(aligned)? == base_content(degraded)?);
-        Ok(Sides { aligned, degraded, same_base, pool: Arc::default() })
+        Ok(Sides { aligned, degraded, same_base, pool })
     }
 
     /// Reads one pair.
@@ -88,12 +92,12 @@ impl<'a> Sides<'a> {
             let products = self.products(pair)?;
             if products.is_empty() || matches!(pair.role, Role::Linear { .. }) {
                 // The base cancels, but what is not finite in it is refused all the same.
-                let base = stored(self.degraded, &pair.degraded, false, &self.pool)?;
+                let base = stored(self.degraded, &pair.degraded, false, self.pool)?;
                 return Ok(Difference::Products(products, Box::new(base)));
             }
         }
-        let aligned = stored(self.aligned, &pair.aligned, true, &self.pool)?;
-        Ok(Difference::Dense(Box::new([aligned, stored(self.degraded, &pair.degraded, true, &self.pool)?])))
+        let aligned = stored(self.aligned, &pair.aligned, true, self.pool)?;
+        Ok(Difference::Dense(Box::new([aligned, stored(self.degraded, &pair.degraded, true, self.pool)?])))
     }
 
     /// The same with rows that are read when they are needed, for what does not fit in memory. `None` for what an
@@ -229,7 +233,7 @@ pub(crate) fn located(name: &str, sides: &[Stored; 2], source: KernelError) -> S
 }
 
 /// The weights that a checkpoint stands for: as stored, or in f32 where an adapter is added and asked for.
-fn stored(side: &Checkpoint, unit: &Unit, with_adapter: bool, pool: &Arc<Pool>) -> Result<Stored> {
+fn stored(side: &Checkpoint, unit: &Unit, with_adapter: bool, pool: &Pool<'_>) -> Result<Stored> {
     let shape = unit_shape(unit);
     if with_adapter && adapted(side, unit) {
         return Stored::of_f32(&side.read_f32(&unit.tensor)?, shape, side.dir());
@@ -309,14 +313,14 @@ pub(crate) struct Blocks<'a> {
     unit: &'a Unit,
     row_bytes: u64,
     hash: Option<Xxh3>,
-    pool: Arc<Pool>,
+    pool: &'a Pool<'a>,
 }
 
 impl<'a> Blocks<'a> {
-    pub(crate) fn new(sides: &Sides<'_>, side: &'a Checkpoint, unit: &'a Unit) -> Blocks<'a> {
+    pub(crate) fn new(sides: &Sides<'a>, side: &'a Checkpoint, unit: &'a Unit) -> Blocks<'a> {
         let hash = whole(side, unit).then(Xxh3::new);
         let row_bytes = unit.cols() * unit.dtype.bits() / 8;
-        Blocks { side, unit, row_bytes, hash, pool: sides.pool.clone() }
+        Blocks { side, unit, row_bytes, hash, pool: sides.pool }
     }
 
     /// The next `count` rows, which begin at `first`.

@@ -206,11 +206,24 @@ impl StreamError {
         }
     }
 
+    /// Whether the device, not an input, is at fault: its memory has run out, or a call of its driver failed.
+    pub fn is_of_device(&self) -> bool {
+        let source = match self {
+            StreamError::Kernel { source, .. } => source,
+            StreamError::LowRank { source: LowRankError::Kernel(source), .. } => source,
+            _ => return false,
+        };
+        matches!(source, KernelError::Device { .. } | KernelError::DeviceMemory { .. })
+    }
+
     /// What to do about it, if there is something to say.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
             StreamError::Checkpoint(error) => return error.hint(),
             StreamError::Gene(error) => return error.hint(),
+            error if error.is_of_device() => {
+                "another program may hold the device's memory; a smaller `--memory-budget` needs less of it, and `--device cpu` none"
+            }
             StreamError::OtherArchitecture { .. } | StreamError::OtherShape { .. } => {
                 "both checkpoints have to be fine-tunes of one model"
             }

@@ -30,14 +30,12 @@ use crate::flow::{Limits, Stages, flow};
 use crate::make::make_gene;
 use crate::pairing::{Pair, float, in_file_order, pairs, share_of, unsupported};
 use crate::parts::{self, Log, Placed, Segments, Worker};
-use crate::pool::Buffer;
+use crate::pool::{Buffer, Pool, buffers_of};
 use crate::{Progress, Result, StreamError};
 
 /// Bytes of one side that are looked at together where a tensor is kept row by row: both stay in cache while they are
 /// hashed and compared.
 const BLOCK_BYTES: u64 = 4 << 20;
-/// Reader threads: both sides of a pair, and the next one.
-pub(crate) const READERS: usize = 2;
 
 /// Which ranks.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -250,17 +248,20 @@ pub fn extract<E: Engine>(engine: &E, job: &Extract, progress: &dyn Progress) ->
     let resumed = share.iter().filter(|pair| known.contains(pair.name.as_str())).count() as u64;
     let todo: Vec<&Pair> = share.into_iter().filter(|pair| !known.contains(pair.name.as_str())).collect();
     progress.stage("extracting", todo.iter().map(|pair| pair.bytes()).sum());
+    let buffers = buffers_of(engine);
+    let pool = Pool::new(&buffers);
+    let limits = Limits::new(engine, job.memory_bytes, &job.stop);
     let run = Run {
         engine,
-        sides: Sides::new(&job.aligned, &job.degraded)?,
+        sides: Sides::new(&job.aligned, &job.degraded, &pool)?,
         arcs: [job.aligned.clone(), job.degraded.clone()],
         how: Factor::new(job.ranks.of_module(), job.seed),
         keep_singular: matches!(job.ranks, Ranks::Budget { .. }),
+        held_bytes: limits.memory_bytes,
         job,
     };
     // Everything that computing needs of the log is behind `&`; the lines are written by the keeper alone.
     let values = log.share();
-    let limits = Limits { memory_bytes: job.memory_bytes, readers: READERS, stop: &job.stop };
     let flowed = flow(
         &todo,
         &limits,
@@ -326,6 +327,8 @@ struct Run<'a, E: Engine> {
     arcs: [Arc<Checkpoint>; 2],
     how: Factor,
     keep_singular: bool,
+    /// Bytes of one tensor at most while both sides are in memory.
+    held_bytes: u64,
     job: &'a Extract,
 }
 
@@ -336,7 +339,7 @@ impl<E: Engine> Run<'_, E> {
     }
 
     fn in_place(&self, pair: &Pair) -> bool {
-        self.factored(pair) && self.needs_held(pair) > self.job.memory_bytes
+        self.factored(pair) && self.needs_held(pair) > self.held_bytes
     }
 
     /// Bytes while a tensor is under way with both sides in memory.

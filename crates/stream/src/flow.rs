@@ -12,11 +12,12 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
+use kernels::{Demand, Engine};
 use serde::Serialize;
 
 use crate::{Result, StreamError};
 
-/// How many items may be under way for each thread that computes.
+/// How many items may be under way for each that is computed at once.
 const AHEAD: usize = 3;
 
 /// What the stages of a flow did, in seconds summed over threads.
@@ -42,8 +43,19 @@ pub(crate) struct Limits<'a> {
     pub(crate) memory_bytes: u64,
     /// Reader threads.
     pub(crate) readers: usize,
+    /// Items that are computed at once; no more than rayon's pool has threads.
+    pub(crate) callers: usize,
     /// Set from outside to stop.
     pub(crate) stop: &'a AtomicBool,
+}
+
+impl<'a> Limits<'a> {
+    /// What an engine wants, under a limit of memory.
+    pub(crate) fn new<E: Engine>(engine: &E, memory_bytes: u64, stop: &'a AtomicBool) -> Limits<'a> {
+        let Demand { callers, readers, bytes } = engine.demand();
+        let memory_bytes = memory_bytes.min(bytes.unwrap_or(u64::MAX));
+        Limits { memory_bytes, readers, callers: callers.min(rayon::current_num_threads()), stop }
+    }
 }
 
 /// Counts bytes under way.
@@ -91,7 +103,7 @@ pub(crate) fn flow<T: Sync, P: Send, R: Send>(
         state: Mutex::default(),
         freed: Condvar::new(),
         bytes_max: limits.memory_bytes,
-        items_max: AHEAD * rayon::current_num_threads(),
+        items_max: AHEAD * limits.callers.max(1),
     };
     // Threads that wait for parts of one item begin another: more than one for each thread would only push each other's
     // weights out of the caches.
@@ -99,7 +111,7 @@ pub(crate) fn flow<T: Sync, P: Send, R: Send>(
         state: Mutex::default(),
         freed: Condvar::new(),
         bytes_max: u64::MAX,
-        items_max: rayon::current_num_threads(),
+        items_max: limits.callers.max(1),
     };
     let (next, broken) = (AtomicUsize::new(0), AtomicBool::new(false));
     let clocks: [AtomicU64; 5] = Default::default();
@@ -179,7 +191,7 @@ mod tests {
     use super::*;
 
     fn limits(memory_bytes: u64, stop: &AtomicBool) -> Limits<'_> {
-        Limits { memory_bytes, readers: 2, stop }
+        Limits { memory_bytes, readers: 2, callers: rayon::current_num_threads(), stop }
     }
 
     #[test]

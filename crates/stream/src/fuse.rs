@@ -405,7 +405,7 @@ fn write_merged<E: Engine>(
     let mine = share_of(files.iter().collect(), job.worker, |file| file.bytes());
     let done = there(&mine, &found, &dir)?;
     report.resumed = done.len() as u64;
-    let limits = Limits { memory_bytes: job.memory_bytes, readers: 1, stop: &job.stop };
+    let limits = Limits::new(engine, job.memory_bytes, &job.stop);
     let merged = merge(engine, &job.target, &mine, &done, plan, &dir, &limits, progress, |merged| {
         log.finished(&merged)
     });

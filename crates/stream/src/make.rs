@@ -17,12 +17,13 @@ use serde_json::{Map, Value, json};
 use crate::budget;
 use crate::difference::{Difference, Sides, pair_on, terms};
 use crate::extract::{
-    COMMON_ROWS, Extract, ExtractReport, NOISE_RELIABLE_KEY, READERS, Ranks, Record, UPPER_BOUND, Work,
-    ZERO_FRACTION, report,
+    COMMON_ROWS, Extract, ExtractReport, NOISE_RELIABLE_KEY, Ranks, Record, UPPER_BOUND, Work, ZERO_FRACTION,
+    report,
 };
 use crate::flow::{Limits, flow};
 use crate::pairing::Pair;
 use crate::parts::{self, Segments};
+use crate::pool::{Pool, buffers_of};
 use crate::{Result, StreamError};
 
 /// Sums over all tensors, in squared norms.
@@ -197,12 +198,14 @@ fn cut_to_budget<E: Engine>(
         .into_iter()
         .map(|(name, rank)| (name.to_owned(), rank))
         .collect();
-    let sides = Sides::new(&job.aligned, &job.degraded)?;
+    let buffers = buffers_of(engine);
+    let pool = Pool::new(&buffers);
+    let sides = Sides::new(&job.aligned, &job.degraded, &pool)?;
     let todo: Vec<&Pair> = pairs
         .iter()
         .filter(|pair| ranks.get(&pair.name).is_some_and(|&rank| rank < records[&pair.name].0.rank))
         .collect();
-    let limits = Limits { memory_bytes: job.memory_bytes, readers: READERS, stop: &job.stop };
+    let limits = Limits::new(engine, job.memory_bytes, &job.stop);
     let mut shorter = BTreeMap::new();
     let mut certified: Vec<(String, usize, Option<Certificate>)> = Vec::new();
     let before = &*records;

@@ -25,6 +25,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 use crate::difference::{first_non_finite, scales_of};
 use crate::flow::{Limits, Stages, flow};
 use crate::pairing::float;
+use crate::pool::{Buffer, Pool, buffers_of};
 use crate::{Progress, Result, StreamError};
 
 /// Bytes of a block of rows.
@@ -205,7 +206,9 @@ pub(crate) fn merge<E: Engine>(
         }
     }
     progress.stage("merging", blocks.iter().map(|block| block.bytes).sum());
-    let merge = Merge { engine, target, plan, hashes: Mutex::default(), free: Mutex::default() };
+    let buffers = buffers_of(engine);
+    let pool = Pool::new(&buffers);
+    let merge = Merge { engine, target, plan, hashes: Mutex::default(), pool: &pool };
     let limits = Limits { readers: READERS, ..*limits };
     let (written, to_flush) = channel::<usize>();
     let (placed, merge) = (&placed, &merge);
@@ -229,10 +232,11 @@ pub(crate) fn merge<E: Engine>(
             |block, (bytes, kept, sums)| {
                 // By one thread: a file takes one write at a time anyway.
                 let file = &placed[block.file];
+                let bytes = bytes.as_ref();
                 if kept {
-                    file.keep_at(block.offset, &bytes)?
+                    file.keep_at(block.offset, bytes)?
                 } else {
-                    file.write_at(block.offset, &bytes)?
+                    file.write_at(block.offset, bytes)?
                 };
                 since += bytes.len() as u64;
                 if since >= FLUSH_BYTES {
@@ -242,9 +246,8 @@ pub(crate) fn merge<E: Engine>(
                 }
                 progress.advance(block.bytes, &block.info.name);
                 let Some(tensor) = unfinished.get_mut(block.info.name.as_str()) else { return Ok(()) };
-                let check = xxh3_64(&bytes);
+                let check = xxh3_64(bytes);
                 tensor.blocks.insert(block.start, (block.offset, bytes.len() as u64, check, sums));
-                merge.free.lock().unwrap_or_else(PoisonError::into_inner).push(bytes);
                 tensor.left -= 1;
                 if tensor.left == 0 { keep(merge.finished(&block.info.name, tensor)) } else { Ok(()) }
             },
@@ -293,24 +296,22 @@ struct Merge<'a, E, P> {
     plan: &'a P,
     /// Of the base's tensors, as far as they were read.
     hashes: Mutex<BTreeMap<String, Xxh3>>,
-    /// Buffers that blocks were in: fresh memory costs more than the bytes read into it.
-    free: Mutex<Vec<Vec<u8>>>,
+    pool: &'a Pool<'a>,
 }
 
 impl<E: Engine, P: Plan> Merge<'_, E, P> {
     /// The bytes of a block, in the dtype of the base: an adapter's saved copy in another one is rounded when it is
     /// added to.
-    fn read(&self, block: &Block<'_>) -> Result<Vec<u8>> {
+    fn read(&self, block: &Block<'_>) -> Result<Buffer> {
         if self.target.adapter().is_some_and(|adapter| adapter.saved().contains_key(&block.info.name)) {
-            return Ok(self.target.read_stored(&block.info.name)?.1);
+            return Ok(Buffer::own(self.target.read_stored(&block.info.name)?.1));
         }
-        let mut bytes = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
-        bytes.resize(block.bytes as usize, 0);
-        self.target.shards().read_at(block.info, block.start, &mut bytes)?;
+        let mut bytes = self.pool.take(block.bytes as usize);
+        self.target.shards().read_at(block.info, block.start, bytes.as_mut())?;
         let mut hashes = self.hashes.lock().unwrap_or_else(PoisonError::into_inner);
         match hashes.get_mut(&block.info.name) {
-            Some(hash) => hash.update(&bytes),
-            None => hashes.entry(block.info.name.clone()).or_default().update(&bytes),
+            Some(hash) => hash.update(bytes.as_ref()),
+            None => hashes.entry(block.info.name.clone()).or_default().update(bytes.as_ref()),
         }
         Ok(bytes)
     }
@@ -330,7 +331,7 @@ impl<E: Engine, P: Plan> Merge<'_, E, P> {
     }
 
     /// The new bytes of a block, whether they are the old ones, and its sums.
-    fn block(&self, block: &Block<'_>, bytes: Vec<u8>) -> Result<(Vec<u8>, bool, Sums)> {
+    fn block(&self, block: &Block<'_>, bytes: Buffer) -> Result<(Buffer, bool, Sums)> {
         let info = block.info;
         let saved = self.target.adapter().and_then(|adapter| adapter.saved().get(&info.name));
         let stored = saved.unwrap_or(info);
@@ -341,7 +342,8 @@ impl<E: Engine, P: Plan> Merge<'_, E, P> {
         let first = (block.start * info.elements()).checked_div(info.bytes).unwrap_or(0);
         let changes = block.units.iter().any(|unit| self.plan.changes(&unit.name));
         if adapter.is_none() && !changes && stored.dtype == block.to {
-            if let Some(index) = float(stored.dtype).and_then(|dtype| first_non_finite(&bytes, dtype)) {
+            if let Some(index) = float(stored.dtype).and_then(|dtype| first_non_finite(bytes.as_ref(), dtype))
+            {
                 let (tensor, file) = (info.name.clone(), stored.file.clone());
                 return Err(StreamError::NonFinite { tensor, file, index: first + index });
             }
@@ -356,11 +358,11 @@ impl<E: Engine, P: Plan> Merge<'_, E, P> {
         let to = float(block.to).ok_or_else(|| unsupported(info, block.to))?;
         // Else units are taken out of their tensor, and put where they came from.
         let whole = matches!(block.units[..], [unit] if unit.slice.start == 0 && unit.slice.col_stride == 1);
-        let mut out = match (whole, from == to) {
+        let mut out = Buffer::own(match (whole, from == to) {
             (true, _) => Vec::new(),
-            (false, true) => bytes.clone(),
-            (false, false) => vec![0; bytes.len() / from.bytes() * to.bytes()],
-        };
+            (false, true) => bytes.as_ref().to_vec(),
+            (false, false) => vec![0; bytes.as_ref().len() / from.bytes() * to.bytes()],
+        });
         let mut sums = Sums::default();
         let mut bytes = bytes;
         for unit in &block.units {
@@ -388,7 +390,7 @@ impl<E: Engine, P: Plan> Merge<'_, E, P> {
         (from, to): (Dtype, Dtype),
         adapter: Option<&Factors>,
         (whole, first): (bool, u64),
-        (bytes, out): (&mut Vec<u8>, &mut Vec<u8>),
+        (bytes, out): (&mut Buffer, &mut Buffer),
         file: &Path,
     ) -> Result<Sums> {
         let additions = self.plan.additions(&unit.name)?;
@@ -404,23 +406,27 @@ impl<E: Engine, P: Plan> Merge<'_, E, P> {
         let scales = scales_of(self.target, unit)?
             .map(|scales| Scales { origin: [scales.origin[0] + first_row, scales.origin[1]], ..scales });
         let sum = Sum { engine: self.engine, from, to, shape, first_row, adapter, scales };
-        let old = if whole { std::mem::take(bytes) } else { gather(bytes, unit, from.bytes()) };
+        let empty = Buffer::own(Vec::new());
+        let old = match whole {
+            true => std::mem::replace(bytes, empty),
+            false => Buffer::own(gather(bytes.as_ref(), unit, from.bytes())),
+        };
         // What an adapter or another format changes anyway does not count.
         let before = match (adapter, additions.is_empty()) {
             (_, true) => None,
             (None, false) if from == to => None,
-            _ => Some(sum.add(old.clone(), &[]).map_err(at)?.0),
+            _ => Some(sum.add(Buffer::own(old.as_ref().to_vec()), &[]).map_err(at)?.0),
         };
         let (new, stats) = sum.add(old, &additions).map_err(at)?;
         let changed = match &before {
-            Some(before) => differing(&new, before, to.bytes()),
+            Some(before) => differing(new.as_ref(), before.as_ref(), to.bytes()),
             None if !additions.is_empty() => stats.changed,
             None => 0,
         };
         if whole {
             *out = new;
         } else {
-            scatter(&new, unit, to.bytes(), out);
+            scatter(new.as_ref(), unit, to.bytes(), out.as_mut());
         }
         Ok(Sums { changed, intended: stats.intended_sumsq, realised: stats.realised_sumsq })
     }
@@ -474,29 +480,30 @@ struct Sum<'a, E> {
 }
 
 impl<E: Engine> Sum<'_, E> {
-    fn add(&self, bytes: Vec<u8>, additions: &[Addition]) -> kernels::Result<(Vec<u8>, AddStats)> {
+    fn add(&self, bytes: Buffer, additions: &[Addition]) -> kernels::Result<(Buffer, AddStats)> {
         let Sum { engine, from, to, shape, .. } = *self;
         if from == to {
             return self.add_in(bytes, to, additions);
         }
         // Another format: the sum in f32 as always, then that one rounding.
         let flat = Shape { rows: 1, cols: shape.len()? };
-        let stored = Weights::copied(&bytes, from, shape)?;
+        let stored = Weights::copied(bytes.as_ref(), from, shape)?;
         let stored = if let Some(scales) = &self.scales { stored.scaled(scales.clone())? } else { stored };
         let zero = Weights::copied(&vec![0; shape.bytes(Dtype::Bf16)?], Dtype::Bf16, shape)?;
         let wide = engine.read(&engine.delta(&engine.pair(stored, zero)?)?.0)?;
-        let (sum, stats) = self.add_in(bytemuck::cast_slice(&wide).to_vec(), Dtype::F32, additions)?;
-        Ok((engine.pack(&engine.matrix(&floats(&sum), flat)?, to)?, stats))
+        let (sum, stats) =
+            self.add_in(Buffer::own(bytemuck::cast_slice(&wide).to_vec()), Dtype::F32, additions)?;
+        Ok((Buffer::own(engine.pack(&engine.matrix(&floats(sum.as_ref()), flat)?, to)?), stats))
     }
 
     /// Adds in one format: low-rank terms in one chain; where there is a dense one, as rows of one element each after the
     /// sum of the others.
     fn add_in(
         &self,
-        mut bytes: Vec<u8>,
+        mut bytes: Buffer,
         dtype: Dtype,
         additions: &[Addition],
-    ) -> kernels::Result<(Vec<u8>, AddStats)> {
+    ) -> kernels::Result<(Buffer, AddStats)> {
         let Sum { engine, shape, .. } = *self;
         let mut products: Vec<(f32, E::Matrix, E::Matrix)> = Vec::new();
         let mut dense: Vec<(f32, &[f32])> = Vec::new();
@@ -520,7 +527,7 @@ impl<E: Engine> Sum<'_, E> {
         }
         let terms: Vec<_> = products.iter().map(|(c, b, a)| (*c, b, a)).collect();
         if dense.is_empty() {
-            let stats = engine.add_low_rank(&mut bytes, dtype, shape, &terms)?;
+            let stats = engine.add_low_rank(bytes.as_mut(), dtype, shape, &terms)?;
             return Ok((bytes, stats));
         }
         // A difference is a product of rank 1 with the number 1, as one row.
@@ -536,7 +543,7 @@ impl<E: Engine> Sum<'_, E> {
             whole.push((c, engine.matrix(delta, flat)?));
         }
         let terms: Vec<_> = whole.iter().map(|(c, delta)| (*c, &one, delta)).collect();
-        let stats = engine.add_low_rank(&mut bytes, dtype, flat, &terms)?;
+        let stats = engine.add_low_rank(bytes.as_mut(), dtype, flat, &terms)?;
         Ok((bytes, stats))
     }
 }

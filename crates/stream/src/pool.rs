@@ -1,23 +1,47 @@
 //! Buffers that are used again: fresh memory costs more than the bytes read into it.
+//!
+//! Where the engine has memory of its own that weights should lie in, that is taken first.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Buffers that nobody uses at the moment.
-#[derive(Debug, Default)]
-pub(crate) struct Pool(Mutex<Vec<Vec<u8>>>);
+use kernels::{Engine, HostBuffer};
 
-/// A buffer that goes back to its pool.
-#[derive(Debug)]
-pub(crate) struct Buffer {
-    bytes: Vec<u8>,
-    len: usize,
-    pool: Option<Arc<Pool>>,
+/// Buffers that nobody uses at the moment, and the engine's.
+pub(crate) struct Pool<'a> {
+    free: Arc<Free>,
+    engine: &'a (dyn Fn(usize) -> Option<HostBuffer> + Sync),
 }
 
-impl Pool {
+type Free = Mutex<Vec<Vec<u8>>>;
+
+/// A buffer that goes back to where it came from.
+pub(crate) struct Buffer {
+    bytes: Bytes,
+    len: usize,
+}
+
+enum Bytes {
+    Own(Vec<u8>),
+    Pooled(Vec<u8>, Arc<Free>),
+    Engine(HostBuffer),
+}
+
+/// Where an engine's buffers come from.
+pub(crate) fn buffers_of<E: Engine>(engine: &E) -> impl Fn(usize) -> Option<HostBuffer> + Sync {
+    |len| engine.buffer(len)
+}
+
+impl<'a> Pool<'a> {
+    pub(crate) fn new(engine: &'a (dyn Fn(usize) -> Option<HostBuffer> + Sync)) -> Pool<'a> {
+        Pool { free: Arc::default(), engine }
+    }
+
     /// A buffer of this length with anything in it.
-    pub(crate) fn take(self: &Arc<Pool>, len: usize) -> Buffer {
-        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(crate) fn take(&self, len: usize) -> Buffer {
+        if let Some(bytes) = (self.engine)(len) {
+            return Buffer { bytes: Bytes::Engine(bytes), len };
+        }
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         // The smallest that is long enough, else the longest, which grows.
         let fits = (0..free.len()).filter(|&i| free[i].len() >= len).min_by_key(|&i| free[i].len());
         let at = fits.or_else(|| (0..free.len()).max_by_key(|&i| free[i].len()));
@@ -26,32 +50,39 @@ impl Pool {
         if bytes.len() < len {
             bytes = vec![0; len];
         }
-        Buffer { bytes, len, pool: Some(self.clone()) }
+        Buffer { bytes: Bytes::Pooled(bytes, self.free.clone()), len }
     }
 }
 
 impl Buffer {
     /// A buffer of no pool.
     pub(crate) fn own(bytes: Vec<u8>) -> Buffer {
-        Buffer { len: bytes.len(), bytes, pool: None }
+        Buffer { len: bytes.len(), bytes: Bytes::Own(bytes) }
     }
 
     pub(crate) fn as_mut(&mut self) -> &mut [u8] {
-        &mut self.bytes[..self.len]
+        let bytes = match &mut self.bytes {
+            Bytes::Own(bytes) | Bytes::Pooled(bytes, _) => bytes.as_mut_slice(),
+            Bytes::Engine(bytes) => (**bytes).as_mut(),
+        };
+        &mut bytes[..self.len]
     }
 }
 
 impl AsRef<[u8]> for Buffer {
     fn as_ref(&self) -> &[u8] {
-        &self.bytes[..self.len]
+        let bytes = match &self.bytes {
+            Bytes::Own(bytes) | Bytes::Pooled(bytes, _) => bytes.as_slice(),
+            Bytes::Engine(bytes) => (**bytes).as_ref(),
+        };
+        &bytes[..self.len]
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if let Some(pool) = &self.pool {
-            let bytes = std::mem::take(&mut self.bytes);
-            pool.0.lock().unwrap_or_else(PoisonError::into_inner).push(bytes);
+        if let Bytes::Pooled(bytes, free) = &mut self.bytes {
+            free.lock().unwrap_or_else(PoisonError::into_inner).push(std::mem::take(bytes));
         }
     }
 }
@@ -62,13 +93,28 @@ mod tests {
 
     #[test]
     fn buffers_come_back_and_fit() {
-        let pool = Arc::new(Pool::default());
+        let pool = Pool::new(&|_| None);
         let (a, b) = (pool.take(10), pool.take(100));
         assert_eq!((a.as_ref().len(), b.as_ref().len()), (10, 100));
         drop((a, b));
-        assert_eq!(pool.take(50).bytes.len(), 100);
-        assert_eq!(pool.take(8).bytes.len(), 10);
+        let length = |buffer: Buffer| match &buffer.bytes {
+            Bytes::Pooled(bytes, _) => bytes.len(),
+            _ => 0,
+        };
+        assert_eq!(length(pool.take(50)), 100);
+        assert_eq!(length(pool.take(8)), 10);
         assert_eq!(pool.take(200).as_ref().len(), 200);
-        assert_eq!(pool.0.lock().unwrap().len(), 2);
+        assert_eq!(pool.free.lock().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn buffers_of_an_engine_come_first() {
+        let lend = |len: usize| (len <= 16).then(|| Box::new(vec![7u8; len + 5]) as HostBuffer);
+        let pool = Pool::new(&lend);
+        let (mut small, large) = (pool.take(16), pool.take(17));
+        assert_eq!((small.as_ref(), small.as_mut().len()), (&[7u8; 16][..], 16));
+        assert_eq!(large.as_ref(), [0; 17]);
+        drop((small, large));
+        assert_eq!(pool.free.lock().unwrap().len(), 1);
     }
 }

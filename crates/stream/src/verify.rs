@@ -17,6 +17,7 @@ use crate::difference::{Difference, Sides, pair_on, terms};
 use crate::extract::{UPPER_BOUND, ZERO_FRACTION};
 use crate::flow::{Limits, flow};
 use crate::pairing::{Pair, float, pairs};
+use crate::pool::{Pool, buffers_of};
 use crate::{Progress, Result, StreamError};
 
 /// Sums are f64 in a fixed order, so the same machine gives the same bits; another vector width another order.
@@ -54,9 +55,11 @@ pub fn verify<E: Engine>(
         }
     }
     let rest: BTreeMap<&str, _> = gene.rest().iter().map(|entry| (entry.name.as_str(), entry)).collect();
-    let sides = Sides::new(aligned, degraded)?;
+    let buffers = buffers_of(engine);
+    let pool = Pool::new(&buffers);
+    let sides = Sides::new(aligned, degraded, &pool)?;
     let stop = std::sync::atomic::AtomicBool::new(false);
-    let limits = Limits { memory_bytes, readers: 2, stop: &stop };
+    let limits = Limits::new(engine, memory_bytes, &stop);
     progress.stage("verifying", pairs.iter().map(Pair::bytes).sum());
     let seed = manifest.options.get("seed").and_then(|seed| seed.as_u64()).unwrap_or(0);
     let how = ranks(&manifest.options).map(|ranks| Factor::new(ranks.of_module(), seed));

@@ -2,6 +2,7 @@
 
 use crate::args::{Bench, BenchRun, Kind};
 use crate::commands::{bytes, extract::Streaming};
+use crate::device::{Device, on_device};
 use crate::fail::{Code, Failure};
 use crate::ui::Ui;
 use ::bench::{Ceilings, Machine, Model, Synth};
@@ -19,7 +20,7 @@ impl From<::bench::BenchError> for Failure {
     }
 }
 
-pub(super) fn run(job: &Bench, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
+pub(super) fn run(job: &Bench, device: &Device, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
     match job {
         Bench::Synth(job) => {
             let start = Instant::now();
@@ -41,8 +42,8 @@ pub(super) fn run(job: &Bench, memory_bytes: u64, ui: &Ui) -> Result<(), Failure
             report(job, &facts, ui, &[format!("reader    {ours_gb_s:.2} GB/s, {way}")]);
             Ok(())
         }
-        Bench::Extract(job) => extract(job, memory_bytes, ui),
-        Bench::Fuse(job) => fuse(job, memory_bytes, ui),
+        Bench::Extract(job) => extract(job, device, memory_bytes, ui),
+        Bench::Fuse(job) => fuse(job, device, memory_bytes, ui),
     }
 }
 
@@ -120,7 +121,7 @@ fn read_units(pair: &Pair, job: &BenchRun, files: &[PathBuf]) -> Result<(f64, bo
     Ok((median(&mut rates), direct))
 }
 
-fn extract(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
+fn extract(job: &BenchRun, device: &Device, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
     let pair = Pair::of(job, ui)?;
     let ranks = stream::Ranks::Fixed(job.rank as usize);
     let operations = stream::plan(&pair.side("aligned")?, &pair.side("degraded")?, ranks)?.operations;
@@ -141,7 +142,7 @@ fn extract(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
             ..stream::Extract::new(pair.side("aligned")?, pair.side("degraded")?, ranks, &out)
         };
         let streaming = Streaming::new(ui);
-        let report = stream::extract(&kernels::CpuEngine::new(), &work, &streaming);
+        let report = on_device!(device, |engine| stream::extract(engine, &work, &streaming));
         streaming.finish();
         last = Some(report?);
         walls.push(start.elapsed().as_secs_f64());
@@ -155,7 +156,7 @@ fn extract(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
     let (read_s, gemm_s) =
         (found.input_bytes as f64 / 1e9 / ceilings.read_gb_s, operations / 1e9 / ceilings.gemm_gf_s);
     let (binding, bound_s) = if read_s > gemm_s { ("read", read_s) } else { ("gemm", gemm_s) };
-    let facts = serde_json::json!({"type": "bench", "schema": 1, "bench": "extract", "model": job.model,
+    let facts = serde_json::json!({"type": "bench", "schema": 1, "bench": "extract", "engine": device.name(), "model": job.model,
         "layers": job.layers, "kind": format!("{:?}", job.kind).to_lowercase(), "rank": job.rank, "cold": job.cold, "cached_share": cached, "machine": Machine::new(), "ceilings": ceilings, "wall_s": wall_s, "walls_s": walls,
         "input_bytes": found.input_bytes, "input_gb_s": rate, "operations": operations,
         "gf_s": operations / wall_s / 1e9, "binding": binding, "share_of_binding": bound_s / wall_s,
@@ -181,7 +182,7 @@ fn extract(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
     Ok(())
 }
 
-fn fuse(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
+fn fuse(job: &BenchRun, device: &Device, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
     let pair = Pair::of(job, ui)?;
     let gene_dir = pair.dir.join("gene");
     let ranks = stream::Ranks::Fixed(job.rank as usize);
@@ -190,7 +191,7 @@ fn fuse(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
         memory_bytes,
         ..stream::Extract::new(pair.side("aligned")?, pair.side("degraded")?, ranks, &gene_dir)
     };
-    stream::extract(&kernels::CpuEngine::new(), &work, &stream::NoProgress)?;
+    on_device!(device, |engine| stream::extract(engine, &work, &stream::NoProgress))?;
     let target = pair.side("degraded")?;
     let total: u64 = target.tensors().iter().map(|info| info.bytes).sum();
     let (mut walls, mut copies) = (Vec::new(), Vec::new());
@@ -212,12 +213,12 @@ fn fuse(job: &BenchRun, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
             dequantize: job.kind == Kind::Fp8,
             ..stream::Fuse::new(gene, coefficients, pair.side("degraded")?, &pair.dir.join("fused"))
         };
-        last = Some(stream::fuse(&kernels::CpuEngine::new(), &work, &stream::NoProgress)?);
+        last = Some(on_device!(device, |engine| stream::fuse(engine, &work, &stream::NoProgress))?);
         walls.push(start.elapsed().as_secs_f64());
     }
     let Some(found) = last else { return Ok(()) };
     let (wall_s, copy_s) = (median(&mut walls), median(&mut copies));
-    let facts = serde_json::json!({"type": "bench", "schema": 1, "bench": "fuse", "model": job.model, "rank": job.rank,
+    let facts = serde_json::json!({"type": "bench", "schema": 1, "bench": "fuse", "engine": device.name(), "model": job.model, "rank": job.rank,
         "machine": Machine::new(), "wall_s": wall_s, "walls_s": walls, "copy_s": copy_s, "copies_s": copies,
         "share_of_copy": copy_s / wall_s, "output_bytes": total, "output_gb_s": total as f64 / wall_s / 1e9,
         "stages": found.stages, "elements_changed": found.elements_changed,

@@ -2,6 +2,7 @@
 
 use crate::args::Extract;
 use crate::commands::{bytes, peak_rss_bytes, percent, stop_on_signals, worker_of_environment};
+use crate::device::{Device, on_device};
 use crate::fail::Failure;
 use crate::ui::{Ui, Work};
 use checkpoint::Checkpoint;
@@ -46,7 +47,7 @@ impl stream::Progress for Streaming<'_> {
     }
 }
 
-pub(super) fn run(job: &Extract, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
+pub(super) fn run(job: &Extract, device: &Device, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
     let (aligned, degraded) = (&job.aligned, &job.degraded);
     let ranks =
         job.ranks.ranks().map_err(|message| Failure::usage(message, "see `safegene extract --help`"))?;
@@ -64,7 +65,7 @@ pub(super) fn run(job: &Extract, memory_bytes: u64, ui: &Ui) -> Result<(), Failu
         ..stream::Extract::new(open(aligned, &job.base)?, open(degraded, &job.base)?, ranks, &job.out)
     };
     let streaming = Streaming::new(ui);
-    let result = stream::extract(&kernels::CpuEngine::new(), &work, &streaming);
+    let result = on_device!(device, |engine| stream::extract(engine, &work, &streaming));
     streaming.finish();
     let report = result.map_err(|e| {
         Failure::from(e).context(format!(
@@ -75,7 +76,7 @@ pub(super) fn run(job: &Extract, memory_bytes: u64, ui: &Ui) -> Result<(), Failu
     })?;
     if report.partial {
         if job.json {
-            ui.data(&summary(&job.out, &report).to_string());
+            ui.data(&summary(&job.out, &device.name(), &report).to_string());
         }
         ui.say(&format!(
             "share {} of {} is done: {} in {:.1} s; when all are, `safegene assemble {}`",
@@ -87,7 +88,7 @@ pub(super) fn run(job: &Extract, memory_bytes: u64, ui: &Ui) -> Result<(), Failu
         ));
         return Ok(());
     }
-    show(&job.out, &report, job.json, ui);
+    show(&job.out, device, &report, job.json, ui);
     Ok(())
 }
 
@@ -97,8 +98,8 @@ pub(super) fn open(dir: &Path, base: &Option<PathBuf>) -> Result<Checkpoint, Fai
     Ok(Checkpoint::open(dir, base.as_deref().filter(|_| is_adapter))?)
 }
 
-fn summary(out: &Path, report: &stream::ExtractReport) -> serde_json::Value {
-    serde_json::json!({"type": "summary", "schema": 1, "out": out, "already": report.already,
+fn summary(out: &Path, engine: &str, report: &stream::ExtractReport) -> serde_json::Value {
+    serde_json::json!({"type": "summary", "schema": 1, "out": out, "engine": engine, "already": report.already,
         "partial": report.partial, "resumed": report.resumed, "energy": report.energy, "captured": report.captured,
         "captured_upper_bound": report.captured_upper_bound, "noise_floor": report.noise_floor,
         "classes": report.classes, "wall_s": report.wall_s, "input_bytes": report.input_bytes,
@@ -106,7 +107,7 @@ fn summary(out: &Path, report: &stream::ExtractReport) -> serde_json::Value {
 }
 
 /// What was extracted, for machines and for people.
-pub(super) fn show(out: &Path, report: &stream::ExtractReport, json: bool, ui: &Ui) {
+pub(super) fn show(out: &Path, device: &Device, report: &stream::ExtractReport, json: bool, ui: &Ui) {
     if json {
         for m in report.modules.iter().filter(|m| m.class == Class::LowRank) {
             ui.data(
@@ -118,7 +119,7 @@ pub(super) fn show(out: &Path, report: &stream::ExtractReport, json: bool, ui: &
                 .to_string(),
             );
         }
-        ui.data(&summary(out, report).to_string());
+        ui.data(&summary(out, &device.name(), report).to_string());
     }
     if report.already {
         ui.say(&format!("`{}` is there already, made from the same inputs and options", out.display()));

@@ -3,13 +3,14 @@
 use crate::args::{Form, Fuse};
 use crate::commands::extract::Streaming;
 use crate::commands::{peak_rss_bytes, stop_on_signals, worker_of_environment};
+use crate::device::{Device, on_device};
 use crate::fail::Failure;
 use crate::ui::Ui;
 use checkpoint::Checkpoint;
 use gene::{Expression, Gene};
 use std::collections::BTreeMap;
 
-pub(super) fn run(job: &Fuse, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
+pub(super) fn run(job: &Fuse, device: &Device, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
     let worker = match job.worker {
         Some(worker) => worker,
         // An adapter is not made in shares: a task of an array that writes one means all of it.
@@ -39,7 +40,7 @@ pub(super) fn run(job: &Fuse, memory_bytes: u64, ui: &Ui) -> Result<(), Failure>
         stop: stop_on_signals(),
     };
     let streaming = Streaming::new(ui);
-    let result = stream::fuse(&kernels::CpuEngine::new(), &work, &streaming);
+    let result = on_device!(device, |engine| stream::fuse(engine, &work, &streaming));
     streaming.finish();
     let report = result
         .map_err(|e| Failure::from(e).context(format!("cannot fuse into `{}`", job.target.display())))?;

@@ -4,6 +4,7 @@ mod assemble;
 mod bench;
 mod calibrate;
 mod demo;
+mod doctor;
 mod evaluate;
 mod extract;
 mod fuse;
@@ -12,7 +13,8 @@ mod lab;
 mod plan;
 mod verify;
 
-use crate::args::{Args, Command, Lab};
+use crate::args::{Args, Bench, Command, Lab};
+use crate::device::Device;
 use crate::fail::{Code, Failure};
 use crate::ui::Ui;
 use std::path::Path;
@@ -22,22 +24,33 @@ use transformer::Openings;
 
 /// Runs the chosen command.
 pub(crate) fn run(args: Args, ui: &Ui) -> Result<(), Failure> {
-    let threads = match args.threads {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
-        n => n,
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let memory_bytes = args.memory_budget.unwrap_or_else(default_memory_bytes);
+    let on_weights = matches!(
+        args.command,
+        Command::Extract(_)
+            | Command::Assemble(_)
+            | Command::Verify(_)
+            | Command::Fuse(_)
+            | Command::Bench(Bench::Extract(_) | Bench::Fuse(_))
+    );
+    let device = match on_weights {
+        true => Device::open(args.device, memory_bytes, ui)?,
+        false => Device::Cpu(kernels::CpuEngine::new()),
     };
+    let threads = device.threads(args.threads, cores);
     // Fails only if the pool was built before, which nothing does.
     let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-    let memory_bytes = args.memory_budget.unwrap_or_else(default_memory_bytes);
     match args.command {
         Command::Plan(job) => plan::run(&job, memory_bytes, ui),
-        Command::Extract(job) => extract::run(&job, memory_bytes, ui),
-        Command::Assemble(job) => assemble::run(&job, memory_bytes, ui),
-        Command::Verify(job) => verify::run(&job, memory_bytes, ui),
-        Command::Bench(job) => self::bench::run(&job, memory_bytes, ui),
+        Command::Extract(job) => extract::run(&job, &device, memory_bytes, ui),
+        Command::Assemble(job) => assemble::run(&job, &device, memory_bytes, ui),
+        Command::Verify(job) => verify::run(&job, &device, memory_bytes, ui),
+        Command::Bench(job) => self::bench::run(&job, &device, memory_bytes, ui),
+        Command::Doctor(job) => doctor::run(&job, args.device, memory_bytes, ui),
         Command::Inspect(job) => inspect::run(&job, ui),
         Command::Calibrate(job) => calibrate::run(&job, ui),
-        Command::Fuse(job) => fuse::run(&job, memory_bytes, ui),
+        Command::Fuse(job) => fuse::run(&job, &device, memory_bytes, ui),
         Command::Evaluate(job) => evaluate::run(&job, ui),
         Command::Lab(Lab::Build(job)) => lab::run(&job, threads, ui),
         Command::Demo(job) => demo::run(&job, threads, ui),

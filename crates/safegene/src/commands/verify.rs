@@ -2,12 +2,13 @@
 
 use crate::args::Verify;
 use crate::commands::extract::{Streaming, open};
+use crate::device::{Device, on_device};
 use crate::fail::{Code, Failure};
 use crate::ui::Ui;
 use gene::Gene;
 use std::sync::Arc;
 
-pub(super) fn run(job: &Verify, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
+pub(super) fn run(job: &Verify, device: &Device, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
     // Opening holds the manifest against the files beside it.
     let gene = Gene::open(&job.gene)?;
     let (Some(aligned), Some(degraded)) = (&job.aligned, &job.degraded) else {
@@ -28,8 +29,9 @@ pub(super) fn run(job: &Verify, memory_bytes: u64, ui: &Ui) -> Result<(), Failur
     };
     let streaming = Streaming::new(ui);
     let (aligned, degraded) = (Arc::new(open(aligned, &job.base)?), Arc::new(open(degraded, &job.base)?));
-    let engine = kernels::CpuEngine::new();
-    let report = stream::verify(&engine, &gene, &aligned, &degraded, memory_bytes, &streaming);
+    let report = on_device!(device, |engine| {
+        stream::verify(engine, &gene, &aligned, &degraded, memory_bytes, &streaming)
+    });
     streaming.finish();
     let report =
         report.map_err(|e| Failure::from(e).context(format!("cannot verify `{}`", job.gene.display())))?;
