@@ -32,8 +32,13 @@
 #define SHIM_UNSEEN
 #endif
 
-#ifndef __x86_64__
+// -DSHIM_UCONTEXT tries here what other processors use.
+#if !defined(__x86_64__) || defined(SHIM_UCONTEXT)
+#undef SHIM_UCONTEXT
+#define SHIM_UCONTEXT 1
 #include <ucontext.h>
+#else
+#define SHIM_UCONTEXT 0
 #endif
 
 namespace shim {
@@ -119,7 +124,7 @@ constexpr size_t GUARD_BYTES = 4096; // below each stack, so that an overflow fa
 
 // A stack, and what is needed to go on where it stopped.
 struct Fiber {
-#ifdef __x86_64__
+#if !SHIM_UCONTEXT
     void* stopped_at;
 #else
     ucontext_t stopped_at;
@@ -155,7 +160,7 @@ struct Block {
 };
 inline Block block;
 
-#ifdef __x86_64__
+#if !SHIM_UCONTEXT
 // Saves what the calling convention says a function keeps, swaps stacks, and returns on the other one. Six pushes:
 // a switch with `swapcontext` takes two system calls and some 50 times longer.
 extern "C" void shim_switch(void** from, void* to);
@@ -193,7 +198,7 @@ SHIM_UNSEEN inline void switch_to(Fiber* to) {
 #ifdef __SANITIZE_THREAD__
     __tsan_switch_to_fiber(to->tsan, __tsan_switch_to_fiber_no_sync);
 #endif
-#ifdef __x86_64__
+#if !SHIM_UCONTEXT
     shim_switch(&from->stopped_at, to->stopped_at);
 #else
     swapcontext(&from->stopped_at, &to->stopped_at);
@@ -240,7 +245,7 @@ SHIM_UNSEEN inline Fiber* begin_thread_on_free_stack() {
 #endif
     char* low = block.stacks + GUARD_BYTES + stack * each;
     Fiber* fiber = begin_thread(stack);
-#ifdef __x86_64__
+#if !SHIM_UCONTEXT
     // Stacks begin at different lines of the cache, or 256 of them would share eight.
     char* top = low + STACK_BYTES - stack % 32 * 128;
     void** frame = reinterpret_cast<void**>(top);

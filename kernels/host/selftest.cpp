@@ -96,6 +96,8 @@ KERNEL(past_the_end, IndexArgs, 1) { args.out[4] = 7; }
 
 #include "fake_cuda.cpp"
 
+#include <thread>
+
 namespace {
 
 #define CHECK(what)                                                                            \
@@ -299,6 +301,31 @@ void default_stream() {
     CHECK(sync == 2);
 }
 
+void several_threads() {
+    Gpu gpu;
+    Device* context = current;
+    std::vector<std::thread> threads;
+    for (unsigned number = 1; number <= 4; ++number) {
+        threads.emplace_back([&gpu, context, number] {
+            CHECK(cuCtxSynchronize() == CUDA_ERROR_INVALID_CONTEXT); // a context is current in one thread only
+            OK(cuCtxSetCurrent(context));
+            Stream* stream = nullptr;
+            OK(cuStreamCreate(&stream, 1));
+            SumArgs args{device<float>(1024), device<float>(4)};
+            const std::vector<float> in(1024, static_cast<float>(number));
+            float out[4];
+            for (unsigned round = 0; round < 5; ++round) {
+                OK(cuMemcpyHtoDAsync_v2(ptr(args.in), in.data(), 4096, stream));
+                OK(gpu.launch("sum", 4, 256, &args, stream));
+                OK(cuMemcpyDtoHAsync_v2(out, ptr(args.out), 16, stream));
+                CHECK(out[3] == 256.0f * static_cast<float>(number));
+            }
+            OK(cuStreamDestroy_v2(stream));
+        });
+    }
+    for (std::thread& thread : threads) thread.join();
+}
+
 // With memory=1000000.
 void memory_limit() {
     Gpu gpu;
@@ -415,6 +442,7 @@ constexpr Case CASES[] = {
     {"early_order", early_order},
     {"events_between_streams", events_between_streams},
     {"default_stream", default_stream},
+    {"several_threads", several_threads},
     {"memory_limit", memory_limit},
     {"what_is_refused", what_is_refused},
     {"failures_on_purpose", failures_on_purpose},
