@@ -6,6 +6,8 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use kernels::{CpuEngine, Engine, Shape};
@@ -16,6 +18,8 @@ use crate::BenchError;
 
 /// Bytes of one read.
 const BLOCK_BYTES: u64 = 16 << 20;
+/// Bytes of an engine's memory that a thread reads into.
+const LENT_BYTES: usize = 128 << 20;
 /// Bytes that each thread copies.
 const COPY_BYTES: usize = 256 << 20;
 
@@ -92,6 +96,52 @@ fn read(files: &[PathBuf]) -> Result<f64, BenchError> {
         file.read_exact_at(&mut buffer[..*bytes as usize], *start).map_err(io)
     })?;
     Ok(total as f64 / start.elapsed().as_secs_f64().max(1e-9))
+}
+
+/// Gigabytes a second that `readers` threads read from files into memory of an engine, such as a device takes weights from;
+/// the median of three. `None` where the engine has no such memory.
+pub fn read_for<E: Engine>(engine: &E, files: &[PathBuf], readers: usize) -> Result<Option<f64>, BenchError> {
+    let buffers: Vec<_> =
+        (0..readers.max(1)).filter_map(|_| engine.buffer(LENT_BYTES)).map(Mutex::new).collect();
+    if buffers.is_empty() {
+        return Ok(None);
+    }
+    let mut blocks = Vec::new();
+    for path in files {
+        let io = |source| BenchError::Io { path: path.clone(), source };
+        let bytes = std::fs::metadata(path).map_err(io)?.len();
+        blocks.extend(
+            (0..bytes.div_ceil(BLOCK_BYTES))
+                .map(|at| (path, at * BLOCK_BYTES, BLOCK_BYTES.min(bytes - at * BLOCK_BYTES))),
+        );
+    }
+    let total: u64 = blocks.iter().map(|(.., bytes)| bytes).sum();
+    let rate = median(|| {
+        let next = AtomicUsize::new(0);
+        let start = Instant::now();
+        std::thread::scope(|threads| {
+            let work = buffers.iter().map(|buffer| {
+                let (next, blocks) = (&next, &blocks);
+                threads.spawn(move || -> Result<(), BenchError> {
+                    let mut buffer = buffer.lock().unwrap_or_else(PoisonError::into_inner);
+                    // Each block into another part, so that no cache holds what is written.
+                    let parts = LENT_BYTES as u64 / BLOCK_BYTES;
+                    loop {
+                        let at = next.fetch_add(1, Ordering::Relaxed);
+                        let Some((path, start, bytes)) = blocks.get(at) else { return Ok(()) };
+                        let io = |source| BenchError::Io { path: (*path).clone(), source };
+                        let into = (at as u64 % parts * BLOCK_BYTES) as usize;
+                        let part = &mut (**buffer).as_mut()[into..into + *bytes as usize];
+                        File::open(path).and_then(|file| file.read_exact_at(part, *start)).map_err(io)?;
+                    }
+                })
+            });
+            let work: Vec<_> = work.collect();
+            work.into_iter().try_for_each(|thread| thread.join().unwrap_or(Ok(())))
+        })?;
+        Ok(total as f64 / start.elapsed().as_secs_f64().max(1e-9))
+    })?;
+    Ok(Some(rate / 1e9))
 }
 
 /// Bytes a second.

@@ -9,6 +9,6 @@ mod ceiling;
 mod machine;
 mod synth;
 
-pub use ceiling::{Ceilings, cached_share, flush_all, forget};
+pub use ceiling::{Ceilings, cached_share, flush_all, forget, read_for};
 pub use machine::{Machine, peak_rss_bytes};
 pub use synth::{BenchError, Kind, Model, Synth, synthesize};

@@ -21,7 +21,7 @@ mod weights;
 
 pub use cpu::{CpuEngine, CpuMatrix, CpuPair};
 pub use cuda::{
-    CudaDevice, CudaEngine, CudaMatrix, CudaMeters, CudaOptions, CudaPair, ImageCache, NoCuda,
+    CudaDevice, CudaEngine, CudaMatrix, CudaMeters, CudaOptions, CudaPair, CudaRate, ImageCache, NoCuda,
     embedded_images,
 };
 pub use dtype::{Dtype, bf16_bits, f16_bits};

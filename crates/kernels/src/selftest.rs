@@ -108,10 +108,12 @@ pub fn run<E: Engine>(engine: &E, report: &mut dyn FnMut(Outcome)) -> usize {
     failed
 }
 
+/// Written so that a NaN fails.
 macro_rules! ensure {
     ($ok:expr, $($why:tt)*) => {
-        if !$ok {
-            return Err(format!($($why)*));
+        match $ok {
+            true => {}
+            false => return Err(format!($($why)*)),
         }
     };
 }

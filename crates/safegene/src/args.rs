@@ -48,6 +48,16 @@ fn worker(text: &str) -> Result<stream::Worker, String> {
     if (1..=worker.of).contains(&worker.index) { Ok(worker) } else { Err("I is between 1 and N".into()) }
 }
 
+/// `4096x11008`.
+fn shape(text: &str) -> Result<(usize, usize), String> {
+    let (rows, cols) = text.split_once('x').ok_or("write it as ROWSxCOLS")?;
+    let number = |text: &str| match text.parse::<usize>() {
+        Ok(n) if (1..=1 << 20).contains(&n) => Ok(n),
+        _ => Err(format!("`{text}` is not between 1 and 1048576")),
+    };
+    Ok((number(rows)?, number(cols)?))
+}
+
 /// `16` or `auto`.
 fn rank(text: &str) -> Result<RankArg, String> {
     match text {
@@ -174,6 +184,8 @@ pub(crate) enum Bench {
     Fuse(BenchRun),
     /// What the machine reads, copies and multiplies at best.
     Read(BenchRun),
+    /// What a CUDA device copies at best, and what each kernel does beside it.
+    Device(BenchDevice),
     /// Write a synthetic pair: OUT/aligned and OUT/degraded.
     Synth(BenchSynth),
 }
@@ -201,6 +213,16 @@ pub(crate) struct BenchRun {
     /// Runs; the median counts.
     #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=99))]
     pub(crate) rounds: u32,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct BenchDevice {
+    /// Rows and columns of the matrices.
+    #[arg(long, default_value = "4096x11008", value_name = "ROWSxCOLS", value_parser = shape)]
+    pub(crate) shape: (usize, usize),
     /// One JSON object on stdout.
     #[arg(long)]
     pub(crate) json: bool,

@@ -172,7 +172,7 @@ impl Nvrtc {
         let mut options = vec![format!("--gpu-architecture={arch}")];
         options.extend(OPTIONS.map(str::to_owned));
         // SAFETY: the program was made above and is destroyed once, below; the sizes come from NVRTC itself.
-        let image = unsafe {
+        unsafe {
             let compiled = nvrtc::compile_program(program, &options).map_err(|error| {
                 let log = nvrtc::get_program_log(program).unwrap_or_default();
                 let log: Vec<u8> = log.into_iter().map(|c| c as u8).take_while(|c| *c != 0).collect();
@@ -192,8 +192,7 @@ impl Nvrtc {
             });
             let _ = nvrtc::destroy_program(program);
             image
-        };
-        image
+        }
     }
 }
 

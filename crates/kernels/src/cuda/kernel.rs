@@ -150,7 +150,7 @@ mod tests {
             let line = format!("#define {name} {value}");
             assert!(source.lines().any(|found| found == line), "the sources have no `{line}`");
         }
-        let multiples = [DELTA_ROWS, SPLIT, CHAIN_TILE].iter().all(|rows| PANEL_ROWS % rows == 0);
+        let multiples = [DELTA_ROWS, SPLIT, CHAIN_TILE].iter().all(|rows| PANEL_ROWS.is_multiple_of(*rows));
         assert!(multiples && size_of::<Sums>() == 40);
     }
 

@@ -1,6 +1,6 @@
 //! `safegene bench`: throughput on synthetic checkpoints, beside what the machine can do at best in the same run.
 
-use crate::args::{Bench, BenchRun, Kind};
+use crate::args::{Bench, BenchDevice, BenchRun, Kind};
 use crate::commands::{bytes, extract::Streaming};
 use crate::device::{Device, on_device};
 use crate::fail::{Code, Failure};
@@ -8,6 +8,7 @@ use crate::ui::Ui;
 use ::bench::{Ceilings, Machine, Model, Synth};
 use checkpoint::Checkpoint;
 use gene::Gene;
+use kernels::{CudaEngine, CudaRate, Engine, Shape};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -44,6 +45,7 @@ pub(super) fn run(job: &Bench, device: &Device, memory_bytes: u64, ui: &Ui) -> R
         }
         Bench::Extract(job) => extract(job, device, memory_bytes, ui),
         Bench::Fuse(job) => fuse(job, device, memory_bytes, ui),
+        Bench::Device(job) => rates(job, device, ui),
     }
 }
 
@@ -152,14 +154,40 @@ fn extract(job: &BenchRun, device: &Device, memory_bytes: u64, ui: &Ui) -> Resul
     let rss = ::bench::peak_rss_bytes();
     let ceilings = Ceilings::measure(&files, job.cold)?;
     let wall_s = median(&mut walls);
-    let rate = found.input_bytes as f64 / wall_s / 1e9;
-    let (read_s, gemm_s) =
-        (found.input_bytes as f64 / 1e9 / ceilings.read_gb_s, operations / 1e9 / ceilings.gemm_gf_s);
-    let (binding, bound_s) = if read_s > gemm_s { ("read", read_s) } else { ("gemm", gemm_s) };
+    let input_gb = found.input_bytes as f64 / 1e9;
+    let rate = input_gb / wall_s;
+    let mut limits = vec![("read", ceilings.read_gb_s, input_gb / ceilings.read_gb_s)];
+    match device {
+        Device::Cpu(_) => limits.push(("gemm", ceilings.gemm_gf_s, operations / 1e9 / ceilings.gemm_gf_s)),
+        Device::Cuda(engine) => {
+            limits.clear();
+            if let Some(read) = ::bench::read_for(engine, &files, engine.demand().readers)? {
+                limits.push(("read into pinned memory", read, input_gb / read));
+            }
+            let sends = |rate: &CudaRate| rate.what == "host to device, pinned";
+            let best = best_rates(engine, Shape { rows: 4096, cols: 4096 })?;
+            if let Some(send) = best.iter().find(|rate| sends(rate)) {
+                limits.push(("host to device", send.gb_s(), input_gb / send.gb_s()));
+            }
+            let products = best.iter().filter(|rate| rate.what.starts_with("D Z"));
+            let gf_s = products.map(CudaRate::gf_s).fold(0.0, f64::max);
+            limits.push(("gemm", gf_s, operations / 1e9 / gf_s));
+        }
+    }
+    let (binding, _, bound_s) =
+        limits.iter().copied().max_by(|a, b| a.2.total_cmp(&b.2)).unwrap_or(("nothing", 0.0, 0.0));
+    let meters = match device {
+        Device::Cpu(_) => None,
+        Device::Cuda(engine) => Some(meters(engine)),
+    };
+    let limits: Vec<_> = limits
+        .iter()
+        .map(|(what, rate, s)| serde_json::json!({"limit": what, "rate": rate, "seconds": s}))
+        .collect();
     let facts = serde_json::json!({"type": "bench", "schema": 1, "bench": "extract", "engine": device.name(), "model": job.model,
         "layers": job.layers, "kind": format!("{:?}", job.kind).to_lowercase(), "rank": job.rank, "cold": job.cold, "cached_share": cached, "machine": Machine::new(), "ceilings": ceilings, "wall_s": wall_s, "walls_s": walls,
         "input_bytes": found.input_bytes, "input_gb_s": rate, "operations": operations,
-        "gf_s": operations / wall_s / 1e9, "binding": binding, "share_of_binding": bound_s / wall_s,
+        "gf_s": operations / wall_s / 1e9, "binding": binding, "share_of_binding": bound_s / wall_s, "limits": limits, "device": meters,
         "stages": found.stages, "captured": found.captured, "captured_upper_bound": found.captured_upper_bound,
         "noise_floor": found.noise_floor, "peak_rss_bytes": rss,
         "memory_budget_bytes": memory_bytes});
@@ -179,6 +207,55 @@ fn extract(job: &BenchRun, device: &Device, memory_bytes: u64, ui: &Ui) -> Resul
         format!("memory    {} at most, of a budget of {}", bytes(rss.unwrap_or(0)), bytes(memory_bytes)),
     ];
     report(job, &facts, ui, &lines);
+    Ok(())
+}
+
+/// What a device does at best.
+fn best_rates(engine: &CudaEngine, shape: Shape) -> Result<Vec<CudaRate>, Failure> {
+    let mut found = Vec::new();
+    engine.rates(shape, &mut |rate| found.push(rate)).map_err(device_failed)?;
+    Ok(found)
+}
+
+fn device_failed(error: kernels::KernelError) -> Failure {
+    kernels::NoCuda::Driver(error).into()
+}
+
+/// What an engine has done so far.
+fn meters(engine: &CudaEngine) -> serde_json::Value {
+    let m = engine.meters();
+    serde_json::json!({"programs": m.programs, "batches": m.batches, "launches": m.launches,
+        "uploaded_pinned_bytes": m.uploaded_pinned_bytes, "uploaded_staged_bytes": m.uploaded_staged_bytes,
+        "downloaded_bytes": m.downloaded_bytes, "waited_s": m.waited_s, "staged_s": m.staged_s,
+        "device_bytes": m.device_bytes, "pinned_bytes": m.pinned_bytes,
+        "pairs_in_panels": engine.pairs_in_panels(), "kernels": engine.kernels()})
+}
+
+fn rates(job: &BenchDevice, device: &Device, ui: &Ui) -> Result<(), Failure> {
+    let Device::Cuda(engine) = device else {
+        return Err(Failure::usage(
+            "there is no CUDA device",
+            "`safegene bench read` measures the CPU's limits",
+        ));
+    };
+    let (rows, cols) = job.shape;
+    let mut found = Vec::new();
+    let mut show = |rate: CudaRate| {
+        if !job.json {
+            let (gb_s, tf_s) = (rate.gb_s(), rate.gf_s() / 1e3);
+            let operations = if tf_s > 0.0 { format!("{tf_s:>8.2} TF/s") } else { String::new() };
+            let CudaRate { what, shape, seconds, .. } = &rate;
+            ui.data(&format!("{what:<24}{shape:<28}{:>9.3} ms{gb_s:>9.1} GB/s{operations}", seconds * 1e3));
+        }
+        found.push(serde_json::json!({"what": rate.what, "shape": rate.shape, "seconds": rate.seconds,
+            "gb_s": rate.gb_s(), "gf_s": rate.gf_s()}));
+    };
+    engine.rates(Shape { rows, cols }, &mut show).map_err(device_failed)?;
+    if job.json {
+        let facts = serde_json::json!({"type": "bench", "schema": 1, "bench": "device", "engine": device.name(),
+            "machine": Machine::new(), "rates": found, "device": meters(engine)});
+        ui.data(&facts.to_string());
+    }
     Ok(())
 }
 

@@ -32,7 +32,7 @@ pub(crate) fn run(args: Args, ui: &Ui) -> Result<(), Failure> {
             | Command::Assemble(_)
             | Command::Verify(_)
             | Command::Fuse(_)
-            | Command::Bench(Bench::Extract(_) | Bench::Fuse(_))
+            | Command::Bench(Bench::Extract(_) | Bench::Fuse(_) | Bench::Device(_))
     );
     let device = match on_weights {
         true => Device::open(args.device, memory_bytes, ui)?,
