@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod chain;
+mod device;
 mod house;
 mod support;
 mod weight_path;
