@@ -22,11 +22,17 @@ static __device__ __forceinline__ Tile tile_of(u32 cols) {
 static __device__ __forceinline__ float fused(float x, float y, float s) { return fmaf(x, y, s); }
 static __device__ __forceinline__ double fused(double x, double y, double s) { return fma(x, y, s); }
 
+// Four neighbours, moved at once.
+template <typename T>
+struct alignas(16) Four {
+    T v[4];
+};
+
 // Continues the chains of this thread: rows row0 + 4 ty + i, columns col0 + 4 tx + j, with b times `sign`.
 template <typename T>
 static __device__ __forceinline__ void chains(T (&s)[4][4], const Tile& tile, float sign, const float* b, const float* a,
                                               u32 rows, u32 cols, u32 rank) {
-    __shared__ T b_tile[CHAIN_SLICE][CHAIN_TILE + 4], a_tile[CHAIN_SLICE][CHAIN_TILE];
+    __shared__ Four<T> b_tile[CHAIN_SLICE][CHAIN_TILE / 4 + 1], a_tile[CHAIN_SLICE][CHAIN_TILE / 4];
     const u32 row0 = tile.row, col0 = tile.col;
     const u32 tx = threadIdx.x % 16, ty = threadIdx.x / 16;
     for (u32 k0 = 0; k0 < rank; k0 += CHAIN_SLICE) {
@@ -34,25 +40,20 @@ static __device__ __forceinline__ void chains(T (&s)[4][4], const Tile& tile, fl
         for (u32 n = 0; n < 4; n++) {
             const u32 at = threadIdx.x + 256 * n;
             const u32 row = row0 + at / CHAIN_SLICE, b_k = k0 + at % CHAIN_SLICE;
-            b_tile[at % CHAIN_SLICE][at / CHAIN_SLICE] =
+            ((T*)b_tile[at % CHAIN_SLICE])[at / CHAIN_SLICE] =
                 row < rows && b_k < rank ? (T)(sign * b[(u64)row * rank + b_k]) : (T)0;
             const u32 a_k = k0 + at / CHAIN_TILE, col = col0 + at % CHAIN_TILE;
-            a_tile[at / CHAIN_TILE][at % CHAIN_TILE] = a_k < rank && col < cols ? (T)a[(u64)a_k * cols + col] : (T)0;
+            ((T*)a_tile[at / CHAIN_TILE])[at % CHAIN_TILE] = a_k < rank && col < cols ? (T)a[(u64)a_k * cols + col] : (T)0;
         }
         __syncthreads();
         // Not further than the rank: a factor of 0 would turn -0 into 0.
         const u32 depth = rank - k0 < CHAIN_SLICE ? rank - k0 : CHAIN_SLICE;
         for (u32 k = 0; k < depth; k++) {
-            T x[4], y[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                x[i] = b_tile[k][4 * ty + i];
-                y[i] = a_tile[k][4 * tx + i];
-            }
+            const Four<T> x = b_tile[k][ty], y = a_tile[k][tx];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
 #pragma unroll
-                for (int j = 0; j < 4; j++) s[i][j] = fused(x[i], y[j], s[i][j]);
+                for (int j = 0; j < 4; j++) s[i][j] = fused(x.v[i], y.v[j], s[i][j]);
             }
         }
         __syncthreads();

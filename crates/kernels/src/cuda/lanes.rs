@@ -37,15 +37,74 @@ struct Slab {
     read: Event,
 }
 
-/// A program that waits, and where its result goes.
+/// A program that waits, and its owner.
 struct Waiting {
     program: Program,
-    done: Arc<Mutex<Option<Result<()>>>>,
+    owner: Arc<Owner>,
+}
+
+/// A thread whose program waits or is being done.
+#[derive(Default)]
+struct Owner {
+    news: Mutex<News>,
+    told: Condvar,
+}
+
+/// What a waiting thread is told.
+#[derive(Default)]
+enum News {
+    /// Nothing yet.
+    #[default]
+    None,
+    /// There may be a lane to work.
+    Work,
+    /// Its program is done.
+    Done(Result<()>),
+}
+
+impl Owner {
+    fn tell(&self, news: News) {
+        let mut own = self.news.lock().unwrap_or_else(PoisonError::into_inner);
+        // What is done stays done.
+        if !matches!(*own, News::Done(_)) {
+            *own = news;
+            self.told.notify_one();
+        }
+    }
+
+    /// Waits for news; the result if that is what they are.
+    fn wait(&self) -> Option<Result<()>> {
+        let mut own = self.news.lock().unwrap_or_else(PoisonError::into_inner);
+        while matches!(*own, News::None) {
+            own = self.told.wait(own).unwrap_or_else(PoisonError::into_inner);
+        }
+        match std::mem::take(&mut *own) {
+            News::Done(result) => Some(result),
+            _ => None,
+        }
+    }
+
+    fn result(&self) -> Option<Result<()>> {
+        let mut own = self.news.lock().unwrap_or_else(PoisonError::into_inner);
+        match std::mem::take(&mut *own) {
+            News::Done(result) => Some(result),
+            _ => None,
+        }
+    }
 }
 
 struct Queue {
     waiting: VecDeque<Waiting>,
     idle: Vec<Lane>,
+}
+
+impl Queue {
+    /// Has somebody look, if there is work and a lane for it.
+    fn nudge(&self) {
+        if let (Some(first), false) = (self.waiting.front(), self.idle.is_empty()) {
+            first.owner.tell(News::Work);
+        }
+    }
 }
 
 /// Counts of what was done.
@@ -64,7 +123,6 @@ pub(super) struct Meters {
 /// All lanes of a device.
 pub(super) struct Lanes {
     queue: Mutex<Queue>,
-    changed: Condvar,
     functions: Vec<Function>,
     pinned: Arc<Heap>,
     device: Arc<Device>,
@@ -83,7 +141,6 @@ impl Lanes {
         let idle = (0..count.max(1)).map(lane).collect::<Result<_>>()?;
         Ok(Lanes {
             queue: Mutex::new(Queue { waiting: VecDeque::new(), idle }),
-            changed: Condvar::new(),
             functions,
             pinned,
             device,
@@ -93,34 +150,39 @@ impl Lanes {
 
     /// Has a program done; returns when it is.
     pub(super) fn run(&self, program: Program) -> Result<()> {
-        let done = Arc::new(Mutex::new(None));
+        let own = Arc::<Owner>::default();
         let lock = || self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut queue = lock();
-        queue.waiting.push_back(Waiting { program, done: done.clone() });
+        lock().waiting.push_back(Waiting { program, owner: own.clone() });
         loop {
-            if let Some(result) = done.lock().unwrap_or_else(PoisonError::into_inner).take() {
-                return result;
-            }
-            if queue.waiting.is_empty() || queue.idle.is_empty() {
-                queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            }
+            let mut queue = lock();
+            let lane = if queue.waiting.is_empty() { None } else { queue.idle.pop() };
+            let Some(mut lane) = lane else {
+                drop(queue);
+                match own.wait() {
+                    Some(result) => return result,
+                    None => continue,
+                }
+            };
             let batch = take_batch(&mut queue.waiting);
-            let Some(mut lane) = queue.idle.pop() else { continue };
+            // What is not like these may go on another lane.
+            queue.nudge();
             drop(queue);
             let programs: Vec<&Program> = batch.iter().map(|waiting| &waiting.program).collect();
             let result = self.work(&mut lane, &programs);
             self.meters.programs.fetch_add(batch.len() as u64, Ordering::Relaxed);
             self.meters.batches.fetch_add(1, Ordering::Relaxed);
-            for waiting in batch {
-                let Waiting { program, done } = waiting;
+            for Waiting { program, owner } in batch {
                 // Its memory is free before its owner goes on.
                 drop(program);
-                *done.lock().unwrap_or_else(PoisonError::into_inner) = Some(result.clone());
+                owner.tell(News::Done(result.clone()));
             }
-            queue = lock();
+            let mut queue = lock();
             queue.idle.push(lane);
-            self.changed.notify_all();
+            queue.nudge();
+            drop(queue);
+            if let Some(result) = own.result() {
+                return result;
+            }
         }
     }
 

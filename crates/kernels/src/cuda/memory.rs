@@ -1,10 +1,11 @@
 //! Memory of the device, and pinned memory of the host: taken in large segments, handed out in blocks, and kept.
 //!
-//! A block goes back when its last owner drops it. Whoever gives a block to the device owns it until the device is done, so
+//! The same sizes are asked for again and again, so a block that is free is kept for the next that asks for its size, and joins
+//! the others only when memory runs short. A block goes back when its last owner drops it. Whoever gives a block to the device owns it until the device is done, so
 //! a block that is free is idle, and the next owner need not wait for anyone.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::driver::{self, Device};
 use crate::Result;
@@ -16,6 +17,8 @@ pub(super) enum Kind {
     Pinned,
 }
 
+/// Blocks up to this size have segments of their own, so that a few that live long do not stand in the way of large ones.
+const SMALL: u64 = 1 << 20;
 /// Blocks begin at multiples of this: a page, so that files can be read into them directly.
 const ALIGN: u64 = 4096;
 
@@ -27,12 +30,20 @@ pub(super) struct Heap {
     segment: u64,
     /// Bytes of all segments at most.
     limit: u64,
-    segments: Mutex<Vec<Segment>>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    segments: Vec<Segment>,
+    /// Addresses of free blocks by their length.
+    kept: BTreeMap<u64, Vec<u64>>,
 }
 
 struct Segment {
     base: u64,
     len: u64,
+    small: bool,
     free: Ranges,
 }
 
@@ -45,70 +56,100 @@ pub(super) struct Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        let mut segments = self.home.segments.lock().unwrap_or_else(PoisonError::into_inner);
-        let inside = |s: &&mut Segment| (s.base..s.base + s.len).contains(&self.address);
-        if let Some(segment) = segments.iter_mut().find(inside) {
-            segment.free.put(self.address - segment.base, self.len);
+        self.home.lock().kept.entry(self.len).or_default().push(self.address);
+    }
+}
+
+impl State {
+    /// The smallest free range that holds `len`.
+    fn best(&mut self, len: u64) -> Option<u64> {
+        let like = self.segments.iter_mut().filter(|s| s.small == (len <= SMALL));
+        let fits = like.filter_map(|s| Some((s.free.smallest_that_holds(len)?, s)));
+        let ((_, at), segment) = fits.min_by_key(|((have, _), _)| *have)?;
+        segment.free.take(at, len);
+        Some(segment.base + at)
+    }
+
+    /// Gives the kept blocks back to their segments.
+    fn join(&mut self) {
+        for (len, addresses) in std::mem::take(&mut self.kept) {
+            for address in addresses {
+                let inside = |s: &&mut Segment| (s.base..s.base + s.len).contains(&address);
+                if let Some(segment) = self.segments.iter_mut().find(inside) {
+                    segment.free.put(address - segment.base, len);
+                }
+            }
         }
+    }
+
+    fn bytes(&self) -> u64 {
+        self.segments.iter().map(|s| s.len).sum()
     }
 }
 
 impl Heap {
     pub(super) fn new(kind: Kind, device: Arc<Device>, segment: u64, limit: u64) -> Arc<Heap> {
-        Arc::new(Heap { kind, device, segment, limit, segments: Mutex::default() })
+        Arc::new(Heap { kind, device, segment, limit, state: Mutex::default() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A block of `len` bytes with anything in it; `None` where there is not enough memory.
     pub(super) fn take(self: &Arc<Heap>, len: u64) -> Result<Option<Block>> {
         let Some(len) = len.max(1).checked_next_multiple_of(ALIGN) else { return Ok(None) };
         let block = |address| Some(Block { address, len, home: self.clone() });
-        let mut segments = self.segments.lock().unwrap_or_else(PoisonError::into_inner);
-        let fits = |s: &Segment| s.free.smallest_that_holds(len);
-        let best = segments.iter_mut().filter_map(|s| Some((fits(s)?, s))).min_by_key(|((len, _), _)| *len);
-        if let Some(((_, at), segment)) = best {
-            segment.free.take(at, len);
-            return Ok(block(segment.base + at));
+        let mut state = self.lock();
+        if let Some(address) = state.kept.get_mut(&len).and_then(Vec::pop) {
+            return Ok(block(address));
         }
-        let used: u64 = segments.iter().map(|s| s.len).sum();
+        if let Some(address) = state.best(len) {
+            return Ok(block(address));
+        }
         for want in [self.segment.max(len), len] {
-            if used + want > self.limit {
-                continue;
+            if self.grow(&mut state, want, len <= SMALL)? {
+                return Ok(state.best(len).and_then(block));
             }
-            if let Some(base) = self.alloc(want)? {
-                let mut free = Ranges::default();
-                free.put(0, want);
-                free.take(0, len);
-                segments.push(Segment { base, len: want, free });
-                return Ok(block(base));
-            }
+        }
+        state.join();
+        if let Some(address) = state.best(len) {
+            return Ok(block(address));
         }
         // Segments that nothing lies in make room for one that is large enough.
-        let before = segments.len();
-        segments.retain(|s| {
+        state.segments.retain(|s| {
             let idle = s.free.holds_all(s.len);
             if idle {
                 self.free(s.base);
             }
             !idle
         });
-        let used: u64 = segments.iter().map(|s| s.len).sum();
-        if segments.len() == before || used + len > self.limit {
-            return Ok(None);
+        match self.grow(&mut state, len, len <= SMALL)? {
+            true => Ok(state.best(len).and_then(block)),
+            false => Ok(None),
         }
-        let Some(base) = self.alloc(len)? else { return Ok(None) };
-        segments.push(Segment { base, len, free: Ranges::default() });
-        Ok(block(base))
+    }
+
+    /// Takes another segment, if the limit and the memory allow it.
+    fn grow(&self, state: &mut State, len: u64, small: bool) -> Result<bool> {
+        if state.bytes() + len > self.limit {
+            return Ok(false);
+        }
+        let Some(base) = self.alloc(len)? else { return Ok(false) };
+        let mut free = Ranges::default();
+        free.put(0, len);
+        state.segments.push(Segment { base, len, small, free });
+        Ok(true)
     }
 
     /// Whether bytes of the host lie in this heap.
     pub(super) fn contains(&self, address: u64, len: u64) -> bool {
-        let segments = self.segments.lock().unwrap_or_else(PoisonError::into_inner);
-        segments.iter().any(|s| address >= s.base && address + len <= s.base + s.len)
+        self.lock().segments.iter().any(|s| address >= s.base && address + len <= s.base + s.len)
     }
 
     /// Bytes of all segments.
     pub(super) fn bytes(&self) -> u64 {
-        self.segments.lock().unwrap_or_else(PoisonError::into_inner).iter().map(|s| s.len).sum()
+        self.lock().bytes()
     }
 
     fn alloc(&self, len: u64) -> Result<Option<u64>> {
@@ -137,7 +178,8 @@ impl Heap {
 impl Drop for Heap {
     fn drop(&mut self) {
         // Blocks own their heap, so none is left.
-        for segment in std::mem::take(self.segments.get_mut().unwrap_or_else(PoisonError::into_inner)) {
+        let segments = std::mem::take(&mut self.lock().segments);
+        for segment in segments {
             self.free(segment.base);
         }
     }
