@@ -672,6 +672,13 @@ API cuDriverGetVersion(int* out) {
     return call.end(CUDA_SUCCESS);
 }
 
+// Only there: NVRTC 13 looks for it in any driver, and crashes without it.
+API cuGetExportTable(const void** out, const void*) {
+    ENTER(NOTHING);
+    *out = nullptr;
+    return call.refuse(CUDA_ERROR_NOT_FOUND, "no tables");
+}
+
 API cuDeviceGetCount(int* out) {
     ENTER(INIT);
     *out = static_cast<int>(driver().devices.size());
