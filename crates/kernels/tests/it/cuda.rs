@@ -227,12 +227,12 @@ fn compiled_kernels_are_kept() {
 }
 
 /// A run of this binary over the driver without a GPU, which is built on the way.
-struct Fake {
-    command: Command,
+pub(crate) struct Fake {
+    pub(crate) command: Command,
 }
 
 impl Fake {
-    fn new(build: &[&str], settings: &str, child: &str) -> Fake {
+    pub(crate) fn new(build: &[&str], settings: &str, child: &str) -> Fake {
         let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
         let name = if build.is_empty() { "plain".to_owned() } else { build.join("-") };
         let out = format!("{}/fake-cuda-{name}", env!("CARGO_TARGET_TMPDIR"));
@@ -250,7 +250,7 @@ impl Fake {
 
     /// Runs some tests; all pass, and there are some.
     #[track_caller]
-    fn passes(mut self, filter: &[&str]) {
+    pub(crate) fn passes(mut self, filter: &[&str]) {
         let run = self.command.args(filter).output().unwrap();
         let text =
             format!("{}{}", String::from_utf8_lossy(&run.stdout), String::from_utf8_lossy(&run.stderr));
@@ -260,7 +260,7 @@ impl Fake {
     }
 }
 
-fn is_child() -> bool {
+pub(crate) fn is_child() -> bool {
     std::env::var_os(CHILD).is_some()
 }
 

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stderr)] // the helpers of tests are tests; what was not run is said
 
 mod add;
+mod compile;
 mod cuda;
 mod delta;
 mod product;
