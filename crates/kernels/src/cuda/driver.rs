@@ -330,6 +330,11 @@ impl Stream {
         Ok(Stream(check("cuStreamCreate", result::stream::create(kind))?))
     }
 
+    /// The driver's own handle, for libraries that stand on it.
+    pub(super) fn raw(&self) -> sys::CUstream {
+        self.0
+    }
+
     /// Waits for all work.
     pub(super) fn synchronize(&self) -> Result<()> {
         // SAFETY: the stream lives until `drop`.

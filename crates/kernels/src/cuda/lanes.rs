@@ -13,6 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::driver::{Device, Event, Function, Stream};
+use super::gemm::CublasHandle;
 use super::kernel::{BATCH, Kernel, SLOTS, WORDS};
 use super::memory::{Block, Heap};
 use super::program::{Program, Source, Step};
@@ -27,6 +28,8 @@ pub(super) const GRID_Z_MAX: u32 = 65_535;
 
 /// One stream and what only the thread that works it touches.
 struct Lane {
+    /// Made when it is first needed, and gone before its stream.
+    cublas: Option<CublasHandle>,
     stream: Stream,
     slabs: Vec<Slab>,
     next: usize,
@@ -137,7 +140,7 @@ impl Lanes {
         count: usize,
     ) -> Result<Lanes> {
         device.enter()?;
-        let lane = |_| Ok(Lane { stream: Stream::new()?, slabs: Vec::new(), next: 0 });
+        let lane = |_| Ok(Lane { cublas: None, stream: Stream::new()?, slabs: Vec::new(), next: 0 });
         let idle = (0..count.max(1)).map(lane).collect::<Result<_>>()?;
         Ok(Lanes {
             queue: Mutex::new(Queue { waiting: VecDeque::new(), idle }),
@@ -256,6 +259,16 @@ impl Lanes {
             Step::Copy { from, to, len } => unsafe { lane.stream.copy(*from, *to, *len as usize) },
             // SAFETY: as above.
             Step::Fill { to, value, len } => unsafe { lane.stream.fill(*to, *value, *len as usize) },
+            Step::Sgemm(product) => {
+                if lane.cublas.is_none() {
+                    lane.cublas = Some(CublasHandle::new(&lane.stream)?);
+                }
+                match &lane.cublas {
+                    // SAFETY: as above; whoever writes the step takes the addresses from the same shapes.
+                    Some(handle) => unsafe { handle.run(product) },
+                    None => Ok(()),
+                }
+            }
             Step::Launch { .. } => Ok(()),
         }
     }

@@ -10,6 +10,7 @@
 //! Not here: what is computed with it, and where kernels are cached.
 
 mod driver;
+mod gemm;
 mod host;
 mod image;
 mod kernel;
@@ -32,6 +33,7 @@ pub use pair::CudaPair;
 pub use rates::CudaRate;
 
 use driver::{Device, Module};
+use gemm::{Cublas, Gemm32, Own};
 use host::{Landing, Pinned};
 use kernel::{Kernel, Sums};
 use lanes::Lanes;
@@ -59,6 +61,8 @@ pub struct CudaOptions {
     pub device_bytes: u64,
     /// Keeps kernels that had to be compiled.
     pub cache: Option<Arc<dyn ImageCache>>,
+    /// Multiply by cuBLAS, if its library is there. Results are not the same bits then on every device and version.
+    pub cublas: bool,
     /// Fill new device memory with NaN, so that what a kernel forgets to write shows.
     pub poison: bool,
 }
@@ -72,6 +76,7 @@ impl CudaOptions {
             pinned_bytes: 4 << 30,
             device_bytes: u64::MAX,
             cache: None,
+            cublas: false,
             poison: false,
         }
     }
@@ -111,6 +116,7 @@ struct Shared {
     module: Module,
     device: Arc<Device>,
     kernels: String,
+    gemm: Box<dyn Gemm32>,
     poison: bool,
     panels: AtomicU64,
 }
@@ -151,6 +157,11 @@ impl CudaEngine {
         let memory = Heap::new(Kind::Device, device.clone(), DEVICE_SEGMENT.min(limit / 8), limit);
         let pinned = Heap::new(Kind::Pinned, device.clone(), PINNED_SEGMENT, options.pinned_bytes);
         let lanes = Lanes::new(device.clone(), pinned.clone(), functions, options.lanes)?;
+        let cublas = if options.cublas { Cublas::find() } else { None };
+        let gemm: Box<dyn Gemm32> = match cublas {
+            Some(cublas) => Box::new(cublas),
+            None => Box::new(Own),
+        };
         let shared = Shared {
             id: IDS.fetch_add(1, Ordering::Relaxed),
             lanes,
@@ -159,6 +170,7 @@ impl CudaEngine {
             module,
             device,
             kernels,
+            gemm,
             poison: options.poison,
             panels: AtomicU64::new(0),
         };

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use super::host::Landing;
-use super::kernel::{CHAIN_TILE, GRAM_TILE, Kernel, NONE, PACKED, PANEL_ROWS, Sums};
+use super::kernel::{CHAIN_TILE, GRAM_TILE, Kernel, NONE, PACKED, PANEL_ROWS, SPLIT, Sums};
 use super::pair::{CudaPair, Held};
 use super::program::{Source, Track};
-use super::steps::{blocks, code, halves, side, splits, tiles, write_place, write_reduce_sums};
+use super::steps::{blocks, code, halves, in_a_grid, side, tiles, write_place, write_reduce_sums};
 use super::{CudaEngine, CudaMatrix};
 use crate::engine::{Demand, HostBuffer};
 use crate::{AddStats, DeltaStats, Dtype, Engine, KernelError, Result, Shape, Side, Weights};
@@ -177,7 +177,7 @@ impl Engine for CudaEngine {
             return Ok(vec![0.0; len]);
         }
         let track = self.track_after(&[&y.track])?;
-        let splits = splits(rows)?;
+        let splits = in_a_grid(rows.div_ceil(SPLIT), rows)?;
         let bytes = shape.bytes(Dtype::F64)? as u64;
         let parts = self.block(&track, u64::from(splits) * bytes)?;
         let out = self.block(&track, bytes)?;

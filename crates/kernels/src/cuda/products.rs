@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use super::kernel::{CHAIN_TILE, Kernel, SPLIT, SQUARES, Sums};
+use super::kernel::{CHAIN_TILE, Kernel, SQUARES, Sums};
 use super::memory::Block;
 use super::pair::{CudaPair, Held};
 use super::program::Track;
-use super::steps::{halves, splits, tiles, write_gemm, write_reduce};
+use super::steps::{halves, in_a_grid, tiles, write_reduce};
 use super::{CudaEngine, CudaMatrix};
 use crate::{Result, Shape};
 
@@ -29,11 +29,11 @@ impl CudaEngine {
             track.write(|program| program.fill(out, 0, len * 4));
             return Ok(());
         }
-        let splits = splits(depth)?;
+        let splits = in_a_grid(self.shared.gemm.parts(depth), depth)?;
         let parts = if splits > 1 { Some(self.block(track, u64::from(splits) * len * 4)?) } else { None };
         let into = parts.as_ref().map_or(out, |parts| parts.address);
         track.write(|program| {
-            write_gemm(program, transposed, (rows, cols, depth), (a, lda), b, into);
+            self.shared.gemm.write(program, transposed, (rows, cols, depth), (a, lda), b, into);
             if parts.is_some() {
                 write_reduce(program, (into, 0, out), len, splits, (true, true));
             }
@@ -72,7 +72,9 @@ impl CudaEngine {
             Held::Panels(height) => *height,
         };
         let once = most as usize >= rows;
-        let (across, down) = (splits(columns)?, splits(most)?);
+        let gemm = &*self.shared.gemm;
+        let across = in_a_grid(gemm.parts(columns), columns)?;
+        let down = in_a_grid(gemm.parts(most), most)?;
         let (y_len, w_len) = (most as u64 * u64::from(l), cols as u64 * u64::from(l));
         let y_parts = match z {
             Some(_) if across > 1 => Some(self.block(track, u64::from(across) * y_len * 4)?),
@@ -86,18 +88,18 @@ impl CudaEngine {
             let rows_at = y.block.address + u64::from(first) * u64::from(l) * 4;
             if let Some(z) = z {
                 let into = y_parts.as_ref().map_or(rows_at, |parts| parts.address);
-                write_gemm(program, false, (count, l, columns), (d, ld), z.block.address, into);
+                gemm.write(program, false, (count, l, columns), (d, ld), z.block.address, into);
                 if y_parts.is_some() {
                     let len = u64::from(count) * u64::from(l);
                     write_reduce(program, (into, 0, rows_at), len, across, (true, true));
                 }
             }
             let into = w_parts.as_ref().map_or(w.block.address, |parts| parts.address);
-            write_gemm(program, true, (columns, l, count), (d, ld), rows_at, into);
+            gemm.write(program, true, (columns, l, count), (d, ld), rows_at, into);
             if w_parts.is_some() {
                 let last = first + count == rows as u32;
                 let at = (into, sum, w.block.address);
-                write_reduce(program, at, w_len, count.div_ceil(SPLIT), (first == 0, last));
+                write_reduce(program, at, w_len, gemm.parts(count), (first == 0, last));
             }
         })?;
         Ok((y, w))

@@ -20,8 +20,23 @@ pub(super) enum Step {
     Copy { from: u64, to: u64, len: u64 },
     /// Poison, or zeros.
     Fill { to: u64, value: u8, len: u64 },
+    /// A product by cuBLAS.
+    Sgemm(Sgemm),
     /// A kernel; `z` blocks for each matrix.
     Launch { kernel: Kernel, grid: (u32, u32), z: u32, slots: [u64; SLOTS], words: [u32; WORDS] },
+}
+
+/// `A B` or `A^T B`, row-major, `B` and the result without padding.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sgemm {
+    pub(super) transposed: bool,
+    pub(super) rows: u32,
+    pub(super) cols: u32,
+    pub(super) depth: u32,
+    pub(super) a: u64,
+    pub(super) lda: u32,
+    pub(super) b: u64,
+    pub(super) out: u64,
 }
 
 /// Where bytes of the host come from.
@@ -41,6 +56,10 @@ impl Step {
             (Step::Upload { len: a, .. }, Step::Upload { len: b, .. })
             | (Step::Download { len: a, .. }, Step::Download { len: b, .. })
             | (Step::Copy { len: a, .. }, Step::Copy { len: b, .. }) => a == b,
+            (Step::Sgemm(a), Step::Sgemm(b)) => {
+                (a.transposed, a.rows, a.cols, a.depth, a.lda)
+                    == (b.transposed, b.rows, b.cols, b.depth, b.lda)
+            }
             (Step::Fill { value: a, len: m, .. }, Step::Fill { value: b, len: n, .. }) => (a, m) == (b, n),
             (
                 Step::Launch { kernel: a, grid: b, z: c, words: d, .. },

@@ -6,9 +6,10 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::kernel::{Kernel, SPLIT, Sums};
+use super::gemm::{Cublas, Gemm32, Own};
+use super::kernel::{Kernel, Sums};
 use super::program::{Program, Source, Track};
-use super::steps::{stride, write_gemm, write_reduce};
+use super::steps::{stride, write_reduce};
 use super::{CudaEngine, CudaMatrix};
 use crate::{Dtype, Engine, Result, Scales, Shape, Weights};
 
@@ -130,14 +131,20 @@ impl CudaEngine {
         let random = |shape: Shape, key: u64| engine.sketch(shape, 3, key);
         let rounded = Shape { rows: shape.rows, cols: shape.cols.next_multiple_of(4) };
         let d = random(rounded, 9)?;
+        let own: Box<dyn Gemm32> = Box::new(Own);
+        let cublas = Cublas::find().map(|cublas| Box::new(cublas) as Box<dyn Gemm32>);
         for l in [18usize, 72, 138] {
             let z = random(Shape { rows: rounded.cols, cols: l }, 4)?;
             let y = random(Shape { rows: shape.rows, cols: l }, 5)?;
-            for (what, transposed, (rows, depth), b) in [
-                ("D Z", false, (rounded.rows, rounded.cols), &z),
-                ("D^T Y", true, (rounded.cols, rounded.rows), &y),
+            let (forth, back) = ((rounded.rows, rounded.cols), (rounded.cols, rounded.rows));
+            for (what, gemm, transposed, (rows, depth), b) in [
+                ("D Z", Some(&own), false, forth, &z),
+                ("D^T Y", Some(&own), true, back, &y),
+                ("D Z by cuBLAS", cublas.as_ref(), false, forth, &z),
+                ("D^T Y by cuBLAS", cublas.as_ref(), true, back, &y),
             ] {
-                let splits = (depth as u32).div_ceil(SPLIT);
+                let Some(gemm) = gemm else { continue };
+                let splits = gemm.parts(depth as u32);
                 let out = engine.fresh(&track, Shape { rows, cols: l })?;
                 let parts = engine.block(&track, u64::from(splits) * (rows * l * 4) as u64)?;
                 let operations = 2.0 * n * l as f64;
@@ -146,7 +153,7 @@ impl CudaEngine {
                     blocks.into_iter().for_each(|block| program.keep(block));
                     let sides = (rows as u32, l as u32, depth as u32);
                     let a = (d.block.address, rounded.cols as u32);
-                    write_gemm(program, transposed, sides, a, b.block.address, parts.address);
+                    gemm.write(program, transposed, sides, a, b.block.address, parts.address);
                     let to = (parts.address, 0, out.block.address);
                     write_reduce(program, to, (rows * l) as u64, splits, (true, true));
                 })?;

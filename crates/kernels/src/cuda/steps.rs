@@ -32,11 +32,10 @@ pub(super) fn blocks(n: u64, each: u64, shape: Shape) -> Result<u32> {
     i32::try_from(n.div_ceil(each)).map(|n| n as u32).map_err(|_| KernelError::ShapeOverflow { shape })
 }
 
-/// Parts that a sum over `depth` is cut into: no more than a dimension of a grid has blocks.
-pub(super) fn splits(depth: u32) -> Result<u32> {
-    let splits = depth.div_ceil(SPLIT);
+/// Parts that a sum over `depth` is cut into, no more than a dimension of a grid has blocks.
+pub(super) fn in_a_grid(parts: u32, depth: u32) -> Result<u32> {
     let shape = Shape { rows: depth as usize, cols: 1 };
-    if splits <= lanes::GRID_Z_MAX { Ok(splits) } else { Err(KernelError::ShapeOverflow { shape }) }
+    if parts <= lanes::GRID_Z_MAX { Ok(parts) } else { Err(KernelError::ShapeOverflow { shape }) }
 }
 
 /// Tiles of a chain, as many as a launch can have.

@@ -188,6 +188,24 @@ fn buffers_of_the_engine_are_pinned() {
 }
 
 #[test]
+fn products_by_cublas_are_as_good() {
+    let Some(_) = engine() else { return };
+    // Where its library is not there our own kernels multiply, as they do without being asked.
+    let with = CudaEngine::open(&CudaOptions { cublas: true, ..options() }).unwrap();
+    for (rows, depth, n) in [(1, 1, 1), (130, 300, 7), (3, 700, 75), (5, 1, 2)] {
+        for transposed in [false, true] {
+            selftest::gemm(&with, rows, depth, n, transposed).unwrap();
+        }
+    }
+    for (rows, cols, l) in [(7, 33, 5), (600, 95, 18), (9, 300, 72), (3, 0, 2)] {
+        selftest::sweep(&with, rows, cols, l).unwrap();
+    }
+    let small = CudaEngine::open(&CudaOptions { cublas: true, device_bytes: 8 << 20, ..options() }).unwrap();
+    selftest::sweep(&small, 1300, 1100, 3).unwrap();
+    assert_eq!(small.pairs_in_panels(), 1);
+}
+
+#[test]
 fn no_driver_is_an_ordinary_error() {
     if engine().is_some() || std::env::var_os(CHILD).is_some() {
         return;

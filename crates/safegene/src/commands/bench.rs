@@ -169,6 +169,7 @@ fn extract(job: &BenchRun, device: &Device, memory_bytes: u64, ui: &Ui) -> Resul
             if let Some(send) = best.iter().find(|rate| sends(rate)) {
                 limits.push(("host to device", send.gb_s(), input_gb / send.gb_s()));
             }
+            // By our kernels, or by cuBLAS where it is.
             let products = best.iter().filter(|rate| rate.what.starts_with("D Z"));
             let gf_s = products.map(CudaRate::gf_s).fold(0.0, f64::max);
             limits.push(("gemm", gf_s, operations / 1e9 / gf_s));
