@@ -407,8 +407,13 @@ unsafe impl Sync for Event {}
 
 impl Event {
     pub(super) fn new() -> Result<Event> {
-        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
-        Ok(Event(check("cuEventCreate", result::event::create(flags))?))
+        // Without times, and whoever waits sleeps: the cores have other work.
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32
+            | sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32;
+        let mut event = std::ptr::null_mut();
+        // SAFETY: writes one handle to a live local; the flags are the driver's.
+        check("cuEventCreate", unsafe { sys::cuEventCreate(&mut event, flags) }.result())?;
+        Ok(Event(event))
     }
 
     /// Marks what the stream has been given so far.

@@ -1,16 +1,18 @@
 //! Memory of the host that the device reads from and writes to.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::memory::Block;
 use super::program::Program;
+use crate::{KernelError, Result};
 
 /// Memory of the host that results come to.
 pub(super) struct Landing {
     pub(super) block: Option<Block>,
     pub(super) own: Box<[AtomicU64]>,
     pub(super) len: usize,
+    pub(super) done: Arc<AtomicBool>,
 }
 
 impl Landing {
@@ -20,15 +22,22 @@ impl Landing {
 
     /// Writes down that it is filled from the device.
     pub(super) fn fill(self: &Arc<Landing>, program: &mut Program, from: u64) {
+        // Nothing is nothing to wait for, and no step.
+        self.done.store(self.len == 0, Ordering::Release);
         program.keep(self);
+        program.promise(&self.done);
         program.download(from, self.address(), self.len as u64);
     }
 
-    /// # Safety
-    /// The program that writes here must be done.
-    pub(super) unsafe fn bytes(&self) -> &[u8] {
-        // SAFETY: the block, or what is there instead, has at least `len` bytes, which the finished program wrote.
-        unsafe { std::slice::from_raw_parts(self.address() as *const u8, self.len) }
+    /// What came; an error if the program that was to bring it failed, or is not done.
+    pub(super) fn bytes(&self) -> Result<&[u8]> {
+        if !self.done.load(Ordering::Acquire) {
+            let message = "an earlier one of the same work failed".to_owned();
+            return Err(KernelError::Device { call: "cuMemcpyDtoHAsync_v2", code: 0, message });
+        }
+        // SAFETY: the block, or what is there instead, has at least `len` bytes, which the finished program wrote, and
+        // which no program writes again.
+        Ok(unsafe { std::slice::from_raw_parts(self.address() as *const u8, self.len) })
     }
 }
 

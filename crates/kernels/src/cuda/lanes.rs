@@ -8,7 +8,8 @@
 //! that it has been read.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -17,7 +18,7 @@ use super::gemm::CublasHandle;
 use super::kernel::{BATCH, Kernel, SLOTS, WORDS};
 use super::memory::{Block, Heap};
 use super::program::{Program, Source, Step};
-use crate::Result;
+use crate::{KernelError, Result};
 
 /// Bytes of a slab.
 const SLAB_BYTES: u64 = 16 << 20;
@@ -28,6 +29,8 @@ pub(super) const GRID_Z_MAX: u32 = 65_535;
 
 /// One stream and what only the thread that works it touches.
 struct Lane {
+    /// Of the last program; a thread that waits for it sleeps.
+    done: Event,
     /// Made when it is first needed, and gone before its stream.
     cublas: Option<CublasHandle>,
     stream: Stream,
@@ -38,6 +41,17 @@ struct Lane {
 struct Slab {
     block: Block,
     read: Event,
+}
+
+impl Lane {
+    /// Waits for all that was given.
+    fn wait(&self) -> Result<()> {
+        let waited = self.done.record(&self.stream).and_then(|()| self.done.wait());
+        if waited.is_err() {
+            let _ = self.stream.synchronize();
+        }
+        waited
+    }
 }
 
 /// A program that waits, and its owner.
@@ -51,6 +65,8 @@ struct Waiting {
 struct Owner {
     news: Mutex<News>,
     told: Condvar,
+    /// It works a lane, and would come late.
+    busy: AtomicBool,
 }
 
 /// What a waiting thread is told.
@@ -104,7 +120,8 @@ struct Queue {
 impl Queue {
     /// Has somebody look, if there is work and a lane for it.
     fn nudge(&self) {
-        if let (Some(first), false) = (self.waiting.front(), self.idle.is_empty()) {
+        let free = |waiting: &&Waiting| !waiting.owner.busy.load(Ordering::Relaxed);
+        if let (Some(first), false) = (self.waiting.iter().find(free), self.idle.is_empty()) {
             first.owner.tell(News::Work);
         }
     }
@@ -140,7 +157,9 @@ impl Lanes {
         count: usize,
     ) -> Result<Lanes> {
         device.enter()?;
-        let lane = |_| Ok(Lane { cublas: None, stream: Stream::new()?, slabs: Vec::new(), next: 0 });
+        let lane = |_| {
+            Ok(Lane { done: Event::new()?, cublas: None, stream: Stream::new()?, slabs: Vec::new(), next: 0 })
+        };
         let idle = (0..count.max(1)).map(lane).collect::<Result<_>>()?;
         Ok(Lanes {
             queue: Mutex::new(Queue { waiting: VecDeque::new(), idle }),
@@ -167,48 +186,74 @@ impl Lanes {
                 }
             };
             let batch = take_batch(&mut queue.waiting);
+            own.busy.store(true, Ordering::Relaxed);
             // What is not like these may go on another lane.
             queue.nudge();
             drop(queue);
             let programs: Vec<&Program> = batch.iter().map(|waiting| &waiting.program).collect();
-            let result = self.work(&mut lane, &programs);
+            let worked = catch_unwind(AssertUnwindSafe(|| self.work(&mut lane, &programs)));
+            let (results, panic) = match worked {
+                Ok(results) => (results, None),
+                Err(panic) => {
+                    // Out of a reader. What was given is under way, and its memory is about to be free.
+                    let _ = lane.stream.synchronize();
+                    let message = "a thread that worked for several panicked".to_owned();
+                    let error = KernelError::Device { call: "cuStreamSynchronize", code: 0, message };
+                    (vec![Err(error); batch.len()], Some(panic))
+                }
+            };
             self.meters.programs.fetch_add(batch.len() as u64, Ordering::Relaxed);
             self.meters.batches.fetch_add(1, Ordering::Relaxed);
-            for Waiting { program, owner } in batch {
+            for (Waiting { program, owner }, result) in batch.into_iter().zip(results) {
+                if result.is_ok() {
+                    program.succeeded();
+                }
                 // Its memory is free before its owner goes on.
                 drop(program);
-                owner.tell(News::Done(result.clone()));
+                owner.tell(News::Done(result));
             }
             let mut queue = lock();
             queue.idle.push(lane);
+            own.busy.store(false, Ordering::Relaxed);
             queue.nudge();
             drop(queue);
+            if let Some(panic) = panic {
+                resume_unwind(panic);
+            }
             if let Some(result) = own.result() {
                 return result;
             }
         }
     }
 
-    /// Does every step of every program, and waits for the last.
-    fn work(&self, lane: &mut Lane, batch: &[&Program]) -> Result<()> {
-        self.device.enter()?;
-        let given = self.give(lane, batch);
+    /// Does every step of every program, and waits for the last; a result for each program.
+    fn work(&self, lane: &mut Lane, batch: &[&Program]) -> Vec<Result<()>> {
+        // A program whose rows cannot be read goes on with any bytes, beside the others; its result says so.
+        let mut own = vec![Ok(()); batch.len()];
+        let given = self.device.enter().and_then(|()| self.give(lane, batch, &mut own));
         // Also after an error: what was given is under way, and its memory is about to be free.
         let start = Instant::now();
-        let waited = lane.stream.synchronize();
+        let waited = lane.wait();
         self.meters.waited_ns.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
-        given.and(waited)
+        match given.and(waited) {
+            Ok(()) => own,
+            Err(error) => vec![Err(error); batch.len()],
+        }
     }
 
-    fn give(&self, lane: &mut Lane, batch: &[&Program]) -> Result<()> {
+    fn give(&self, lane: &mut Lane, batch: &[&Program], own: &mut [Result<()>]) -> Result<()> {
         let Some(first) = batch.first() else { return Ok(()) };
         for (at, step) in first.steps.iter().enumerate() {
             if let Step::Launch { kernel, grid, z, words, .. } = step {
                 self.launch(lane, *kernel, *grid, *z, words, batch.iter().map(|program| &program.steps[at]))?;
                 continue;
             }
-            for program in batch {
-                self.give_one(lane, &program.steps[at])?;
+            for (program, own) in batch.iter().zip(own.iter_mut()) {
+                match self.give_one(lane, &program.steps[at]) {
+                    Err(error @ KernelError::Unread { .. }) if own.is_ok() => *own = Err(error),
+                    Err(KernelError::Unread { .. }) => {}
+                    done => done?,
+                }
             }
         }
         Ok(())

@@ -5,7 +5,8 @@
 //! a block that is free is idle, and the next owner need not wait for anyone.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use super::driver::{self, Device};
 use crate::Result;
@@ -31,6 +32,9 @@ pub(super) struct Heap {
     /// Bytes of all segments at most.
     limit: u64,
     state: Mutex<State>,
+    freed: Condvar,
+    /// Held while the driver is asked for more, or given some back; `state` is not.
+    growing: Mutex<()>,
 }
 
 #[derive(Default)]
@@ -57,6 +61,7 @@ pub(super) struct Block {
 impl Drop for Block {
     fn drop(&mut self) {
         self.home.lock().kept.entry(self.len).or_default().push(self.address);
+        self.home.freed.notify_one();
     }
 }
 
@@ -89,7 +94,15 @@ impl State {
 
 impl Heap {
     pub(super) fn new(kind: Kind, device: Arc<Device>, segment: u64, limit: u64) -> Arc<Heap> {
-        Arc::new(Heap { kind, device, segment, limit, state: Mutex::default() })
+        Arc::new(Heap {
+            kind,
+            device,
+            segment,
+            limit,
+            state: Mutex::default(),
+            freed: Condvar::new(),
+            growing: Mutex::default(),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -100,46 +113,73 @@ impl Heap {
     pub(super) fn take(self: &Arc<Heap>, len: u64) -> Result<Option<Block>> {
         let Some(len) = len.max(1).checked_next_multiple_of(ALIGN) else { return Ok(None) };
         let block = |address| Some(Block { address, len, home: self.clone() });
-        let mut state = self.lock();
-        if let Some(address) = state.kept.get_mut(&len).and_then(Vec::pop) {
+        let free = {
+            let mut state = self.lock();
+            let kept = state.kept.get_mut(&len).and_then(Vec::pop);
+            kept.or_else(|| state.best(len))
+        };
+        if let Some(address) = free {
             return Ok(block(address));
         }
-        if let Some(address) = state.best(len) {
+        // One after the other: the next may find what the one before has brought.
+        let _growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(address) = self.lock().best(len) {
             return Ok(block(address));
         }
         for want in [self.segment.max(len), len] {
-            if self.grow(&mut state, want, len <= SMALL)? {
-                return Ok(state.best(len).and_then(block));
+            if let Some(address) = self.grow(want, len)? {
+                return Ok(block(address));
             }
         }
-        state.join();
-        if let Some(address) = state.best(len) {
-            return Ok(block(address));
-        }
-        // Segments that nothing lies in make room for one that is large enough.
-        state.segments.retain(|s| {
-            let idle = s.free.holds_all(s.len);
-            if idle {
-                self.free(s.base);
+        let mut idle = Vec::new();
+        {
+            let mut state = self.lock();
+            state.join();
+            if let Some(address) = state.best(len) {
+                return Ok(block(address));
             }
-            !idle
-        });
-        match self.grow(&mut state, len, len <= SMALL)? {
-            true => Ok(state.best(len).and_then(block)),
-            false => Ok(None),
+            // Segments that nothing lies in make room for one that is large enough.
+            state.segments.retain(|s| {
+                let empty = s.free.holds_all(s.len);
+                if empty {
+                    idle.push(s.base);
+                }
+                !empty
+            });
         }
+        idle.into_iter().for_each(|base| self.free(base));
+        Ok(self.grow(len, len)?.and_then(block))
     }
 
-    /// Takes another segment, if the limit and the memory allow it.
-    fn grow(&self, state: &mut State, len: u64, small: bool) -> Result<bool> {
-        if state.bytes() + len > self.limit {
-            return Ok(false);
+    /// Takes another segment, if the limit and the memory allow it, and `len` bytes of it. Others go on with what there is:
+    /// pinning memory takes long. The caller holds `growing`.
+    fn grow(&self, segment: u64, len: u64) -> Result<Option<u64>> {
+        if self.bytes() + segment > self.limit {
+            return Ok(None);
         }
-        let Some(base) = self.alloc(len)? else { return Ok(false) };
+        let Some(base) = self.alloc(segment)? else { return Ok(None) };
         let mut free = Ranges::default();
-        free.put(0, len);
-        state.segments.push(Segment { base, len, small, free });
-        Ok(true)
+        free.put(0, segment);
+        free.take(0, len);
+        self.lock().segments.push(Segment { base, len: segment, small: len <= SMALL, free });
+        Ok(Some(base))
+    }
+
+    /// Waits until some block is given back, but not longer than this; says whether there is any to wait for.
+    pub(super) fn wait(&self, most: Duration) -> bool {
+        let state = self.lock();
+        let kept: u64 = state.kept.iter().map(|(len, all)| len * all.len() as u64).sum();
+        let free: u64 = state.segments.iter().map(|s| s.free.total()).sum();
+        if state.bytes() <= kept + free {
+            return false;
+        }
+        drop(self.freed.wait_timeout(state, most).unwrap_or_else(PoisonError::into_inner));
+        true
+    }
+
+    /// Bytes of all segments at most.
+    pub(super) fn limit(&self) -> u64 {
+        self.limit
     }
 
     /// Whether bytes of the host lie in this heap.
@@ -213,6 +253,10 @@ impl Ranges {
             len += after;
         }
         self.0.insert(at, len);
+    }
+
+    fn total(&self) -> u64 {
+        self.0.values().sum()
     }
 
     fn holds_all(&self, len: u64) -> bool {

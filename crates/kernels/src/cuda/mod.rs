@@ -26,6 +26,7 @@ mod steps;
 use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 pub use driver::{CudaDevice, NoCuda};
 pub use image::{ImageCache, embedded_images};
@@ -48,6 +49,9 @@ const DEVICE_SEGMENT: u64 = 256 << 20;
 /// Bytes of a segment of pinned memory.
 const PINNED_SEGMENT: u64 = 64 << 20;
 
+/// How long to wait for memory that others use.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// How to open an engine.
 #[derive(Clone)]
 pub struct CudaOptions {
@@ -68,11 +72,11 @@ pub struct CudaOptions {
 }
 
 impl CudaOptions {
-    /// Four lanes and up to 4 GiB of pinned memory on a device.
+    /// Eight lanes and up to 4 GiB of pinned memory on a device.
     pub fn new(device: usize) -> CudaOptions {
         CudaOptions {
             device,
-            lanes: 4,
+            lanes: 8,
             pinned_bytes: 4 << 30,
             device_bytes: u64::MAX,
             cache: None,
@@ -232,7 +236,7 @@ impl CudaEngine {
     fn track_after(&self, operands: &[&Arc<Track>]) -> Result<Arc<Track>> {
         let own = self.track();
         for other in operands.iter().filter(|other| !Arc::ptr_eq(other, &own)) {
-            self.finish(other)?;
+            other.finish_for_another(|program| self.shared.lanes.run(program))?;
         }
         Ok(own)
     }
@@ -243,9 +247,19 @@ impl CudaEngine {
 
     /// Device memory that lives until the program of `track` is done, and for as long as it is owned.
     fn block(&self, track: &Track, bytes: u64) -> Result<Arc<Block>> {
-        match self.try_block(track, bytes)? {
-            Some(block) => Ok(block),
-            None => Err(self.out_of_memory(bytes)),
+        self.patient(bytes, || self.try_block(track, bytes))
+    }
+
+    /// What `get` gets, as soon as there is memory for it: others give back what they have when their programs are done.
+    fn patient<T>(&self, bytes: u64, mut get: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+        let start = Instant::now();
+        loop {
+            if let Some(found) = get()? {
+                return Ok(found);
+            }
+            if start.elapsed() > PATIENCE || !self.shared.memory.wait(PATIENCE / 10) {
+                return Err(self.out_of_memory(bytes));
+            }
         }
     }
 
@@ -286,7 +300,7 @@ impl CudaEngine {
         let block = self.shared.pinned.take(len as u64)?;
         let words = if block.is_some() { 0 } else { len.div_ceil(8) };
         let own = (0..words).map(|_| AtomicU64::new(0)).collect();
-        Ok(Arc::new(Landing { block, own, len }))
+        Ok(Arc::new(Landing { block, own, len, done: Arc::default() }))
     }
 
     /// Has the program of `track` done, with `bytes` from the device at its end.
@@ -294,8 +308,7 @@ impl CudaEngine {
         let landing = self.landing(len)?;
         track.write(|program| landing.fill(program, from));
         self.finish(track)?;
-        // SAFETY: the program is done.
-        Ok(unsafe { landing.bytes() }.to_vec())
+        Ok(landing.bytes()?.to_vec())
     }
 
     /// Bytes of the host in device memory; they are copied before this returns.

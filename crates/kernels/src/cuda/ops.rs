@@ -29,9 +29,10 @@ impl Engine for CudaEngine {
         let (free, _) = self.shared.device.memory().unwrap_or((0, 0));
         Demand {
             callers: (CALLERS_PER_CORE * cores).clamp(4, 64),
-            readers: (cores / 2).clamp(2, 8),
-            // What is under way lies in device memory as it is stored and as f32, with blocks beside it.
-            bytes: Some((free + self.shared.memory.bytes()) / 4),
+            // They copy and hash at some 5 GB/s each, beside a link of ten times that.
+            readers: (cores * 3 / 4).clamp(2, 24),
+            // What is under way lies in device memory as it is stored and as f32 (up to four times that), with blocks beside.
+            bytes: Some(self.shared.memory.limit().min(free + self.shared.memory.bytes()) / 6),
         }
     }
 
@@ -226,10 +227,11 @@ impl Engine for CudaEngine {
             a_landing.fill(program, a_squares.address);
         });
         let found = self.fetch_sums(&track, &found)?.x;
-        // SAFETY: the program is done.
-        let squares = |landing: &Landing| unsafe { bytemuck::pod_read_unaligned::<Sums>(landing.bytes()).x };
+        let squares = |landing: &Landing| -> Result<f64> {
+            Ok(bytemuck::pod_read_unaligned::<Sums>(landing.bytes()?).x)
+        };
         // As on the CPU: the squares of the roundings of f32 chains add to the result, and nothing else does.
-        let largest = squares(&b_landing) * squares(&a_landing) + found;
+        let largest = squares(&b_landing)? * squares(&a_landing)? + found;
         let error = b.shape.cols as f64 * (f64::from(f32::EPSILON) / 2.0).powi(2) * largest;
         if error <= RESIDUAL_ERROR * found {
             return Ok(found);
@@ -316,8 +318,7 @@ impl Engine for CudaEngine {
             landing.fill(program, out.address);
         });
         self.finish(&track)?;
-        // SAFETY: the program is done.
-        let sums: Sums = bytemuck::pod_read_unaligned(unsafe { landing.bytes() });
+        let sums: Sums = bytemuck::pod_read_unaligned(landing.bytes()?);
         if sums.first != NONE {
             let index = sums.first / 2;
             return Err(match sums.first % 2 {
@@ -350,8 +351,7 @@ impl Engine for CudaEngine {
         let landing = self.landing(bytes)?;
         track.write(|program| landing.fill(program, out.address));
         match self.fetch_sums(&track, &sums)?.first {
-            // SAFETY: the program is done.
-            NONE => Ok(unsafe { landing.bytes() }.to_vec()),
+            NONE => Ok(landing.bytes()?.to_vec()),
             index => Err(KernelError::Overflow { what: "pack", index }),
         }
     }

@@ -108,15 +108,17 @@ impl CudaEngine {
         let mut height = rows.next_multiple_of(PANEL_ROWS);
         loop {
             height = (height / 2).next_multiple_of(PANEL_ROWS);
-            if self.room(&track, &pair, height)?.is_some() {
+            let fits = if height > PANEL_ROWS {
+                self.room(&track, &pair, height)?.is_some()
+            } else {
+                self.patient(pair.bytes(height), || self.room(&track, &pair, height)).map(|_| true)?
+            };
+            if fits {
                 // The products need memory, too.
                 pair.held = Held::Panels((height / 2).next_multiple_of(PANEL_ROWS));
                 self.shared.panels.fetch_add(1, Ordering::Relaxed);
                 self.finish(&track)?;
                 return Ok(pair);
-            }
-            if height <= PANEL_ROWS {
-                return Err(self.out_of_memory(pair.bytes(PANEL_ROWS)));
             }
         }
     }
@@ -204,7 +206,9 @@ impl CudaEngine {
         let [a, b, d] = loop {
             match self.room(track, pair, height)? {
                 Some(room) => break room,
-                None if height <= PANEL_ROWS => return Err(self.out_of_memory(pair.bytes(PANEL_ROWS))),
+                None if height <= PANEL_ROWS => {
+                    break self.patient(pair.bytes(height), || self.room(track, pair, height))?;
+                }
                 None => height = (height / 2).next_multiple_of(PANEL_ROWS),
             }
         };
@@ -243,8 +247,7 @@ impl CudaEngine {
             Known::Here(stats) => return stats.clone(),
             Known::Coming(landing) => {
                 self.finish(&pair.track)?;
-                // SAFETY: the program that the landing was written in is done.
-                bytemuck::pod_read_unaligned(unsafe { landing.bytes() })
+                bytemuck::pod_read_unaligned(landing.bytes()?)
             }
             Known::No => {
                 let track = self.track_after(&[&pair.track])?;

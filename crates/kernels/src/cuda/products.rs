@@ -61,7 +61,10 @@ impl CudaEngine {
         }
         if l == 0 || pair.shape.is_empty() {
             track.write(|program| {
-                program.fill(y.block.address, 0, (rows * l * 4) as u64);
+                // The operand is no result.
+                if q.is_none() {
+                    program.fill(y.block.address, 0, (rows * l * 4) as u64);
+                }
                 program.fill(w.block.address, 0, (cols * l * 4) as u64);
             });
             return Ok((y, w));

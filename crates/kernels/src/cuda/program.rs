@@ -5,10 +5,11 @@
 //! A program owns all memory that it names, so that nothing of it is used again before it is done.
 
 use std::any::Any;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::kernel::{Kernel, SLOTS, WORDS};
-use crate::{Result, Side, Weights};
+use crate::{KernelError, Result, Side, Weights};
 
 /// One step.
 pub(super) enum Step {
@@ -75,6 +76,7 @@ impl Step {
 pub(super) struct Program {
     pub(super) steps: Vec<Step>,
     keep: Vec<Arc<dyn Any + Send + Sync>>,
+    results: Vec<Arc<AtomicBool>>,
 }
 
 impl Program {
@@ -87,6 +89,32 @@ impl Program {
     /// Has something live until the program is done.
     pub(super) fn keep<T: Any + Send + Sync>(&mut self, what: &Arc<T>) {
         self.keep.push(what.clone());
+    }
+
+    /// Has this said when the program is done, if it succeeds.
+    pub(super) fn promise(&mut self, done: &Arc<AtomicBool>) {
+        self.results.push(done.clone());
+    }
+
+    /// Every step was done.
+    pub(super) fn succeeded(&self) {
+        self.results.iter().for_each(|done| done.store(true, Ordering::Release));
+    }
+
+    /// A program without steps for what is written next: with all that somebody else owns, too. It may have been kept for
+    /// steps that are still to be written, if this program is done in the middle of an operation.
+    fn next(&self) -> Program {
+        let mut all: Vec<&Arc<dyn Any + Send + Sync>> = self.keep.iter().collect();
+        all.sort_by_key(|kept| Arc::as_ptr(kept).cast::<()>());
+        let same = |a: &&Arc<dyn Any + Send + Sync>, b: &&Arc<dyn Any + Send + Sync>| {
+            std::ptr::addr_eq(Arc::as_ptr(a), Arc::as_ptr(b))
+        };
+        let owned = |group: &[&Arc<dyn Any + Send + Sync>]| {
+            let first = *group.first()?;
+            (Arc::strong_count(first) > group.len()).then(|| first.clone())
+        };
+        let keep = all.chunk_by(same).filter_map(owned).collect();
+        Program { keep, ..Program::default() }
     }
 
     pub(super) fn upload(&mut self, from: Source, to: u64, len: u64) {
@@ -132,6 +160,7 @@ pub(super) struct Track {
     program: Mutex<Program>,
     /// Held while a program of this track runs: what was written first is done first.
     running: Mutex<()>,
+    failed: Mutex<Option<KernelError>>,
 }
 
 impl Track {
@@ -140,10 +169,66 @@ impl Track {
         write(&mut self.program.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Has everything done that is written, by `run`.
+    /// Has everything done that is written, by `run`. A failure that another thread met is told, once.
     pub(super) fn finish(&self, run: impl FnOnce(Program) -> Result<()>) -> Result<()> {
+        let done = self.run(run);
+        let met = self.failed.lock().unwrap_or_else(PoisonError::into_inner).take();
+        met.map_or(done, Err)
+    }
+
+    /// The same for another thread's track, which is told of a failure, too.
+    pub(super) fn finish_for_another(&self, run: impl FnOnce(Program) -> Result<()>) -> Result<()> {
+        let done = self.run(run);
+        if let Err(error) = &done {
+            *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.clone());
+        }
+        done
+    }
+
+    fn run(&self, run: impl FnOnce(Program) -> Result<()>) -> Result<()> {
         let _running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        let program = self.write(std::mem::take);
-        if program.steps.is_empty() { Ok(()) } else { run(program) }
+        let program = self.write(|program| {
+            if program.steps.is_empty() {
+                return None;
+            }
+            let next = program.next();
+            Some(std::mem::replace(program, next))
+        });
+        program.map_or(Ok(()), run)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn program_done_midway_leaves_what_others_own_to_the_next() {
+        let track = Track::default();
+        let (owned, temporary) = (Arc::new(1), Arc::new(2));
+        let gone = Arc::downgrade(&temporary);
+        track.write(|program| {
+            (0..3).for_each(|_| program.keep(&owned));
+            (0..2).for_each(|_| program.keep(&temporary));
+            program.fill(0, 0, 1);
+        });
+        drop(temporary);
+        track.finish(|_| Ok(())).unwrap();
+        assert!(gone.upgrade().is_none());
+        // Here, and once in the program that is written next; and no more often after another one.
+        assert_eq!(Arc::strong_count(&owned), 2);
+        track.write(|program| program.fill(0, 0, 1));
+        track.finish(|_| Ok(())).unwrap();
+        assert_eq!(Arc::strong_count(&owned), 2);
+    }
+
+    #[test]
+    fn failure_met_by_another_thread_is_told_to_the_owner() {
+        let track = Track::default();
+        let error = crate::KernelError::Device { call: "x", code: 1, message: String::new() };
+        track.write(|program| program.fill(0, 0, 1));
+        assert_eq!(track.finish_for_another(|_| Err(error.clone())), Err(error.clone()));
+        assert_eq!(track.finish(|_| Ok(())), Err(error));
+        assert_eq!(track.finish(|_| Ok(())), Ok(()));
     }
 }

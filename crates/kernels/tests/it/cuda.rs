@@ -139,6 +139,85 @@ fn threads_share_launches_and_get_their_own_results() {
 }
 
 #[test]
+fn threads_short_of_memory_do_not_get_each_others() {
+    let Some(shared) = engine() else { return };
+    // Enough for one pair, and another in panels: operations are cut short, and go on.
+    let engine = CudaEngine::open(&CudaOptions { device_bytes: 10 << 20, ..options() }).unwrap();
+    let shape = Shape { rows: 900, cols: 700 };
+    let want: Vec<_> = (0..2).map(|i| everything(shared, 10 * i, shape, 9)).collect();
+    std::thread::scope(|threads| {
+        for (i, want) in want.iter().enumerate() {
+            let engine = &engine;
+            threads.spawn(move || {
+                for _ in 0..6 {
+                    assert!(everything(engine, 10 * i as u32, shape, 9) == *want, "thread {i}");
+                }
+            });
+        }
+    });
+    assert!(engine.pairs_in_panels() > 0);
+}
+
+/// Fails to read, or panics.
+struct Broken(bool);
+
+impl kernels::RowReader for Broken {
+    fn read(&self, _: usize, _: &mut [u8]) -> Result<(), kernels::Unreadable> {
+        assert!(!self.0, "a reader that panics, on purpose");
+        Err(kernels::Unreadable)
+    }
+}
+
+#[test]
+fn reader_that_fails_is_its_own_affair() {
+    let Some(shared) = engine() else { return };
+    let engine = CudaEngine::open(&CudaOptions { lanes: 1, ..options() }).unwrap();
+    let shape = Shape { rows: 70, cols: 300 };
+    let want = everything(shared, 3, shape, 5);
+    std::thread::scope(|threads| {
+        for i in 0..8 {
+            let (engine, want) = (&engine, &want);
+            threads.spawn(move || {
+                for _ in 0..4 {
+                    if i % 2 == 0 {
+                        assert!(everything(engine, 3, shape, 5) == *want);
+                        continue;
+                    }
+                    let [aligned, _] = sides(3, shape);
+                    let broken = Weights::read(Arc::new(Broken(false)), Dtype::Bf16, shape).unwrap();
+                    let pair = engine.pair(aligned, broken).unwrap();
+                    for _ in 0..2 {
+                        let error = engine.stats(&pair).unwrap_err();
+                        // The second time there is nothing new to find out, and nothing to be taken for a result.
+                        assert!(
+                            matches!(error, KernelError::Unread { .. } | KernelError::Device { .. }),
+                            "{error}"
+                        );
+                    }
+                }
+            });
+        }
+    });
+    // One that panics takes its own thread with it, and nobody else.
+    let [aligned, _] = sides(3, shape);
+    let broken = Weights::read(Arc::new(Broken(true)), Dtype::Bf16, shape).unwrap();
+    let panics = std::thread::scope(|threads| {
+        threads.spawn(|| engine.stats(&engine.pair(aligned, broken).unwrap())).join().is_err()
+    });
+    assert!(panics && everything(&engine, 3, shape, 5) == want);
+}
+
+#[test]
+fn back_of_no_columns_leaves_its_operand() {
+    crate::on_engines!(|engine| {
+        let pair = crate::pair(engine, (&[], Dtype::Bf16), (&[], Dtype::Bf16), Shape { rows: 3, cols: 0 });
+        let q = engine.matrix(&[1.0, 2.0, 3.0], Shape { rows: 3, cols: 1 }).unwrap();
+        assert_eq!(engine.shape(&engine.back(&pair, &q).unwrap()), Shape { rows: 0, cols: 1 });
+        assert_eq!(engine.read(&q).unwrap(), [1.0, 2.0, 3.0]);
+    });
+}
+
+#[test]
 fn matrix_of_another_thread_is_complete() {
     let Some(engine) = engine() else { return };
     let values = noise(4, 600);
@@ -418,7 +497,7 @@ fn driver_that_fails_on_the_way() {
         fails(&[], &format!("fail=cuLaunchKernel:{nth}:719"), "`cuLaunchKernel` failed");
     }
     for nth in [1, 2, 3] {
-        fails(&[], &format!("fail=cuStreamSynchronize:{nth}:700"), "`cuStreamSynchronize` failed");
+        fails(&[], &format!("fail=cuEventSynchronize:{nth}:700"), "`cuEventSynchronize` failed");
     }
     fails(&[], "fail=cuMemcpyHtoDAsync_v2:1:1", "`cuMemcpyHtoDAsync_v2` failed");
     fails(&[], "fail=cuModuleLoadData:*:209", "`cuModuleLoadData` failed");

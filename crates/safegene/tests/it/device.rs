@@ -269,7 +269,7 @@ fn device_that_fails_on_the_way() {
     pair.on_device("", &pair.extract("want", &[])).ok();
     let want = files(&pair.arg("want"));
     for settings in
-        ["fail=cuLaunchKernel:200:719", "fail=cuStreamSynchronize:20:700", "fail=cuMemcpyHtoDAsync_v2:30:1"]
+        ["fail=cuLaunchKernel:200:719", "fail=cuEventSynchronize:20:700", "fail=cuMemcpyHtoDAsync_v2:30:1"]
     {
         let failed = pair.on_device(settings, &pair.extract("gene", &["--threads", "2"]));
         assert_eq!(failed.code, 75, "{}", failed.stderr);
