@@ -34,6 +34,11 @@ static __device__ __forceinline__ float scale_at(const float* scales, const Grid
     return scales[(u64)row * grid.cols + col];
 }
 
+// at / block, without a division where block is a power of two.
+static __device__ __forceinline__ u32 block_of(u32 at, u32 block) {
+    return (block & (block - 1)) == 0 ? at >> (31 - __clz((int)block)) : at / block;
+}
+
 // 2^(2 e - 2 fraction) for the exponent e of a value with these f32 bits, at least that of the lowest normal number.
 static __device__ __forceinline__ double ulp_squared(u32 bits, int lowest, int fraction) {
     int exponent = (int)((bits >> 23) & 0xff) - 127;
@@ -107,31 +112,30 @@ struct FromF16 {
     static __device__ __forceinline__ float value(u32 bits) { return f16_value(bits & 0xffff); }
 };
 
-// Two sides of one 16-bit format without scales, cols a multiple of 8 and ld == cols: 16 bytes a load.
+// Two sides of one 16-bit format without scales, ld == cols: four elements a load, and whole sectors stored.
 template <typename From>
 static __device__ __forceinline__ void delta_16_bits(const DeltaArgs& args) {
     const u32 z = blockIdx.z, row0 = blockIdx.x * DELTA_ROWS;
     const u32 rows = args.rows - row0 < DELTA_ROWS ? args.rows - row0 : DELTA_ROWS;
     const u64 start = (u64)row0 * args.cols;
-    const uint4* a = (const uint4*)(args.a[z] + 2 * start);
-    const uint4* b = (const uint4*)(args.b[z] + 2 * start);
+    const uint2* a = (const uint2*)(args.a[z] + 2 * start);
+    const uint2* b = (const uint2*)(args.b[z] + 2 * start);
     float4* d = (float4*)(args.d[z] + start);
     const u64 index = (u64)args.first_row * args.cols + start;
     Sums own = nothing();
-#pragma unroll 2
-    for (u32 v = threadIdx.x; v < rows * (args.cols / 8); v += 256) {
-        const uint4 x = a[v], y = b[v];
-        const u32 xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
-        float out[8];
+#pragma unroll 4
+    for (u32 v = threadIdx.x; v < rows * (args.cols / 4); v += 256) {
+        const uint2 x = a[v], y = b[v];
+        const u32 xs[2] = {x.x, x.y}, ys[2] = {y.x, y.y};
+        float out[4];
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
+        for (int i = 0; i < 4; i++) {
             const float degraded = From::value(ys[i / 2] >> (i % 2 * 16));
             out[i] = From::value(xs[i / 2] >> (i % 2 * 16)) - degraded;
-            add_element(own, out[i], out[i] != 0.0f, index + 8ull * v + i);
+            add_element(own, out[i], out[i] != 0.0f, index + 4ull * v + i);
             own.y += ulp_squared(__float_as_uint(degraded), From::LOWEST, From::FRACTION);
         }
-        d[2 * v] = make_float4(out[0], out[1], out[2], out[3]);
-        d[2 * v + 1] = make_float4(out[4], out[5], out[6], out[7]);
+        d[v] = make_float4(out[0], out[1], out[2], out[3]);
     }
     const Sums sum = block_sum<256>(own);
     if (threadIdx.x == 0) args.part[z][args.first_row / DELTA_ROWS + blockIdx.x] = sum;
@@ -169,40 +173,43 @@ KERNEL(delta_f32, DeltaArgs, 256) {
     if (threadIdx.x == 0) args.part[z][args.first_row / DELTA_ROWS + blockIdx.x] = sum;
 }
 
-// Two scaled e4m3 sides; cols, and the blocks' columns and origins, multiples of 16, and ld == cols: 16 elements of a load
-// have one scale.
+// Two scaled e4m3 sides; the blocks' columns and origins multiples of 4, and ld == cols: four elements of a load have one
+// scale.
 KERNEL(delta_e4m3, DeltaArgs, 256) {
-    const u32 z = blockIdx.z, row0 = blockIdx.x * DELTA_ROWS, across = args.cols / 16;
+    const u32 z = blockIdx.z, row0 = blockIdx.x * DELTA_ROWS, across = args.cols / 4;
     const u32 rows = args.rows - row0 < DELTA_ROWS ? args.rows - row0 : DELTA_ROWS;
     const u64 start = (u64)row0 * args.cols;
-    const uint4* a = (const uint4*)(args.a[z] + start);
-    const uint4* b = (const uint4*)(args.b[z] + start);
+    const u32* a = (const u32*)(args.a[z] + start);
+    const u32* b = (const u32*)(args.b[z] + start);
     float4* d = (float4*)(args.d[z] + start);
     const double unit = __longlong_as_double((long long)(1023 - 2 * 3) << 52);
     Sums own = nothing();
-    for (u32 v = threadIdx.x; v < rows * across; v += 256) {
-        const uint4 x = a[v], y = b[v];
-        const u32 row = args.first_row + row0 + v / across, col = v % across * 16;
-        const float a_scale = scale_at(args.a_scales[z], args.a_grid, row, col);
-        const float b_scale = scale_at(args.b_scales[z], args.b_grid, row, col);
-        const u64 index = (u64)row * args.cols + col;
-        const u32 xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
-        float out[16];
+    for (u32 r = 0; r < rows; r++) {
+        const u32 row = args.first_row + row0 + r;
+        const float* a_scales =
+            args.a_scales[z] + (u64)((row + args.a_grid.origin_row) / args.a_grid.block_rows) * args.a_grid.cols;
+        const float* b_scales =
+            args.b_scales[z] + (u64)((row + args.b_grid.origin_row) / args.b_grid.block_rows) * args.b_grid.cols;
+#pragma unroll 2
+        for (u32 v = threadIdx.x; v < across; v += 256) {
+            const u32 xs = a[r * across + v], ys = b[r * across + v], col = 4 * v;
+            const float a_scale = a_scales[block_of(col + args.a_grid.origin_col, args.a_grid.block_cols)];
+            const float b_scale = b_scales[block_of(col + args.b_grid.origin_col, args.b_grid.block_cols)];
+            const u64 index = (u64)row * args.cols + col;
+            float out[4];
 #pragma unroll
-        for (int i = 0; i < 16; i++) {
-            const float coarse = e4m3_value((ys[i / 4] >> (i % 4 * 8)) & 0xff);
-            u32 power = __float_as_uint(coarse) & 0x7f800000;
-            power = power < (121u << 23) ? 121u << 23 : power;
-            const double last_place = (double)(__uint_as_float(power) * b_scale);
-            own.y += last_place * last_place * unit;
-            const float aligned = e4m3_value((xs[i / 4] >> (i % 4 * 8)) & 0xff) * a_scale;
-            const float degraded = coarse * b_scale;
-            out[i] = aligned - degraded;
-            add_element(own, out[i], aligned != degraded, index + i);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            d[4 * v + i] = make_float4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
+            for (int i = 0; i < 4; i++) {
+                const float coarse = e4m3_value((ys >> (i * 8)) & 0xff);
+                u32 power = __float_as_uint(coarse) & 0x7f800000;
+                power = power < (121u << 23) ? 121u << 23 : power;
+                const double last_place = (double)(__uint_as_float(power) * b_scale);
+                own.y += last_place * last_place * unit;
+                const float aligned = e4m3_value((xs >> (i * 8)) & 0xff) * a_scale;
+                const float degraded = coarse * b_scale;
+                out[i] = aligned - degraded;
+                add_element(own, out[i], aligned != degraded, index + i);
+            }
+            d[r * across + v] = make_float4(out[0], out[1], out[2], out[3]);
         }
     }
     const Sums sum = block_sum<256>(own);

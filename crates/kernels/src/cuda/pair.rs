@@ -276,17 +276,16 @@ impl CudaEngine {
 /// The kernel that subtracts two sides fastest.
 fn delta_kernel(a: &Weights, b: &Weights, cols: usize, ld: u32) -> Kernel {
     let plain = a.scales.is_none() && b.scales.is_none();
-    let of_16 = |scales: &Option<Arc<Scales>>| {
-        scales.as_ref().is_some_and(|s| s.block[1].is_multiple_of(16) && s.origin[1].is_multiple_of(16))
+    let in_fours = |scales: &Option<Arc<Scales>>| {
+        scales.as_ref().is_some_and(|s| s.block[1].is_multiple_of(4) && s.origin[1].is_multiple_of(4))
     };
     match (a.dtype, b.dtype) {
+        // A stride longer than the columns: these are no multiple of four.
         _ if ld as usize != cols => Kernel::DeltaAny,
-        (Dtype::Bf16, Dtype::Bf16) if plain && cols.is_multiple_of(8) => Kernel::DeltaBf16,
-        (Dtype::F16, Dtype::F16) if plain && cols.is_multiple_of(8) => Kernel::DeltaF16,
+        (Dtype::Bf16, Dtype::Bf16) if plain => Kernel::DeltaBf16,
+        (Dtype::F16, Dtype::F16) if plain => Kernel::DeltaF16,
         (Dtype::F32, Dtype::F32) if plain => Kernel::DeltaF32,
-        (Dtype::F8E4M3, Dtype::F8E4M3) if cols.is_multiple_of(16) && of_16(&a.scales) && of_16(&b.scales) => {
-            Kernel::DeltaE4m3
-        }
+        (Dtype::F8E4M3, Dtype::F8E4M3) if in_fours(&a.scales) && in_fours(&b.scales) => Kernel::DeltaE4m3,
         _ => Kernel::DeltaAny,
     }
 }

@@ -118,24 +118,62 @@ fn pair_that_does_not_fit_at_all() {
 }
 
 #[test]
-fn threads_share_launches_and_get_their_own_results() {
+fn threads_get_their_own_results() {
     let Some(shared) = engine() else { return };
     let engine = CudaEngine::open(&CudaOptions { lanes: 2, ..options() }).unwrap();
     let shape = Shape { rows: 70, cols: 300 };
     let want: Vec<_> = (0..24).map(|i| everything(shared, 100 + 10 * i, shape, 5)).collect();
     std::thread::scope(|threads| {
-        for want in want.iter().enumerate() {
+        for (i, want) in want.iter().enumerate() {
             let engine = &engine;
             threads.spawn(move || {
-                let (i, want) = want;
                 for _ in 0..3 {
                     assert!(everything(engine, 100 + 10 * i as u32, shape, 5) == *want, "thread {i}");
                 }
             });
         }
     });
+}
+
+/// Bytes that take their time.
+struct Slow(Vec<u8>);
+
+impl kernels::RowReader for Slow {
+    fn read(&self, _: usize, out: &mut [u8]) -> Result<(), kernels::Unreadable> {
+        std::thread::sleep(std::time::Duration::from_millis(700));
+        out.copy_from_slice(&self.0[..out.len()]);
+        Ok(())
+    }
+}
+
+#[test]
+fn programs_that_wait_share_their_launches() {
+    let Some(shared) = engine() else { return };
+    let engine = CudaEngine::open(&CudaOptions { lanes: 1, ..options() }).unwrap();
+    let (shape, threads) = (Shape { rows: 70, cols: 300 }, 12);
+    let stats = |engine: &CudaEngine, seed: u32| {
+        let [aligned, degraded] = sides(seed, shape);
+        engine.stats(&engine.pair(aligned, degraded).unwrap()).unwrap()
+    };
+    let want: Vec<_> = (0..threads).map(|i| stats(shared, 10 * i)).collect();
+    std::thread::scope(|scope| {
+        // The one lane waits for a reader; meanwhile all others come.
+        scope.spawn(|| {
+            let bytes = Slow(stored(&noise(1, 21_000), Dtype::Bf16));
+            let slow = Weights::read(Arc::new(bytes), Dtype::Bf16, shape).unwrap();
+            let [aligned, _] = sides(1, shape);
+            engine.stats(&engine.pair(aligned, slow).unwrap()).unwrap();
+        });
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        for (i, want) in want.iter().enumerate() {
+            let (engine, stats) = (&engine, &stats);
+            scope.spawn(move || assert_eq!(stats(engine, 10 * i as u32), *want, "thread {i}"));
+        }
+    });
     let meters = engine.meters();
-    assert!(meters.batches < meters.programs, "{meters:?}");
+    assert_eq!(meters.programs, u64::from(threads) + 1);
+    // Two, unless a thread came very late.
+    assert!(meters.batches <= 4, "{meters:?}");
 }
 
 #[test]

@@ -194,17 +194,6 @@ fn fused_model_of_a_device_has_the_bytes_of_the_cpu() {
 }
 
 #[test]
-fn experts_of_one_shape_share_launches() {
-    let pair = Pair::new(Kind::Bf16);
-    let stats = pair.arg("stats.json");
-    pair.on_device(&format!("stats={stats}"), &pair.extract("gene", &["--threads", "16"])).ok();
-    let stats: Value = serde_json::from_slice(&fs::read(stats).unwrap()).unwrap();
-    let z = stats["launches"]["delta_bf16"]["grid_z_max"].as_u64().unwrap();
-    assert!(z > 1, "{stats}");
-    assert_eq!(stats["failed_on_purpose"], 0);
-}
-
-#[test]
 fn kernels_are_compiled_once() {
     let home = tempfile::tempdir().unwrap();
     let doctor = || on_device("", home.path(), &["doctor", "--json"]).ok();
