@@ -10,7 +10,7 @@ use cudarc::cublas::sys;
 
 use super::driver::Stream;
 use super::kernel::SPLIT;
-use super::program::{Program, Sgemm, Step};
+use super::program::{Program, Sgemm};
 use super::steps::write_gemm;
 use crate::{KernelError, Result, Shape};
 
@@ -92,7 +92,7 @@ impl Gemm32 for Cublas {
         out: u64,
     ) {
         if rows > 0 && cols > 0 {
-            program.steps.push(Step::Sgemm(Sgemm { transposed, rows, cols, depth, a, lda, b, out }));
+            program.sgemm(Sgemm { transposed, rows, cols, depth, a, lda, b, out });
         }
     }
 }
@@ -110,7 +110,7 @@ fn check(call: &'static str, result: std::result::Result<(), CublasError>) -> Re
 impl CublasHandle {
     pub(super) fn new(stream: &Stream) -> Result<CublasHandle> {
         let mut handle = CublasHandle(std::ptr::null_mut());
-        // SAFETY: `Step::Sgemm` is written only where every symbol was found. The handle is written before it is used,
+        // SAFETY: a product by cuBLAS is written only where every symbol was found. The handle is written before it is used,
         // destroyed once, in `drop`, and the stream outlives it: a lane drops it first.
         unsafe {
             check("cublasCreate_v2", sys::cublasCreate_v2(&mut handle.0).result())?;

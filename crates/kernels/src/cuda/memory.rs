@@ -1,8 +1,9 @@
 //! Memory of the device, and pinned memory of the host: taken in large segments, handed out in blocks, and kept.
 //!
-//! The same sizes are asked for again and again, so a block that is free is kept for the next that asks for its size, and joins
-//! the others only when memory runs short. A block goes back when its last owner drops it. Whoever gives a block to the device owns it until the device is done, so
-//! a block that is free is idle, and the next owner need not wait for anyone.
+//! The same sizes are asked for again and again, so a block that is free is kept for the next that asks for its size, and
+//! joins the others only when memory runs short. A block goes back when its last owner drops it. Whoever gives a block to
+//! the device owns it until the device is done, so a block that is free is idle, and the next owner need not wait for
+//! anyone.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};

@@ -6,7 +6,7 @@
 
 use std::any::Any;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::kernel::{Kernel, SLOTS, WORDS};
 use crate::{KernelError, Result, Side, Weights};
@@ -76,6 +76,8 @@ impl Step {
 pub(super) struct Program {
     pub(super) steps: Vec<Step>,
     keep: Vec<Arc<dyn Any + Send + Sync>>,
+    /// What the program before this one kept: it may have been for steps that are still to be written.
+    before: Vec<Weak<dyn Any + Send + Sync>>,
     results: Vec<Arc<AtomicBool>>,
 }
 
@@ -101,43 +103,47 @@ impl Program {
         self.results.iter().for_each(|done| done.store(true, Ordering::Release));
     }
 
-    /// A program without steps for what is written next: with all that somebody else owns, too. It may have been kept for
-    /// steps that are still to be written, if this program is done in the middle of an operation.
+    /// The program that is written next. It keeps what this one kept, from its first step on and as far as it is still
+    /// there then: this one may be done in the middle of an operation.
     fn next(&self) -> Program {
-        let mut all: Vec<&Arc<dyn Any + Send + Sync>> = self.keep.iter().collect();
-        all.sort_by_key(|kept| Arc::as_ptr(kept).cast::<()>());
-        let same = |a: &&Arc<dyn Any + Send + Sync>, b: &&Arc<dyn Any + Send + Sync>| {
-            std::ptr::addr_eq(Arc::as_ptr(a), Arc::as_ptr(b))
-        };
-        let owned = |group: &[&Arc<dyn Any + Send + Sync>]| {
-            let first = *group.first()?;
-            (Arc::strong_count(first) > group.len()).then(|| first.clone())
-        };
-        let keep = all.chunk_by(same).filter_map(owned).collect();
-        Program { keep, ..Program::default() }
+        let mut before: Vec<Weak<dyn Any + Send + Sync>> = self.keep.iter().map(Arc::downgrade).collect();
+        before.extend(self.before.iter().cloned());
+        before.sort_by_key(|kept| kept.as_ptr().cast::<()>());
+        before.dedup_by(|a, b| std::ptr::addr_eq(a.as_ptr(), b.as_ptr()));
+        before.retain(|kept| kept.strong_count() > 0);
+        Program { before, ..Program::default() }
+    }
+
+    fn push(&mut self, step: Step) {
+        self.keep.extend(self.before.drain(..).filter_map(|kept| kept.upgrade()));
+        self.steps.push(step);
+    }
+
+    pub(super) fn sgemm(&mut self, product: Sgemm) {
+        self.push(Step::Sgemm(product));
     }
 
     pub(super) fn upload(&mut self, from: Source, to: u64, len: u64) {
         if len > 0 {
-            self.steps.push(Step::Upload { from, to, len });
+            self.push(Step::Upload { from, to, len });
         }
     }
 
     pub(super) fn download(&mut self, from: u64, to: u64, len: u64) {
         if len > 0 {
-            self.steps.push(Step::Download { from, to, len });
+            self.push(Step::Download { from, to, len });
         }
     }
 
     pub(super) fn fill(&mut self, to: u64, value: u8, len: u64) {
         if len > 0 {
-            self.steps.push(Step::Fill { to, value, len });
+            self.push(Step::Fill { to, value, len });
         }
     }
 
     pub(super) fn copy(&mut self, from: u64, to: u64, len: u64) {
         if len > 0 {
-            self.steps.push(Step::Copy { from, to, len });
+            self.push(Step::Copy { from, to, len });
         }
     }
 
@@ -150,7 +156,7 @@ impl Program {
         let (mut all, mut rest) = ([0; SLOTS], [0; WORDS]);
         all[..slots.len()].copy_from_slice(slots);
         rest[..words.len()].copy_from_slice(words);
-        self.steps.push(Step::Launch { kernel, grid, z, slots: all, words: rest });
+        self.push(Step::Launch { kernel, grid, z, slots: all, words: rest });
     }
 }
 
@@ -188,13 +194,10 @@ impl Track {
     fn run(&self, run: impl FnOnce(Program) -> Result<()>) -> Result<()> {
         let _running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let program = self.write(|program| {
-            if program.steps.is_empty() {
-                return None;
-            }
             let next = program.next();
-            Some(std::mem::replace(program, next))
+            std::mem::replace(program, next)
         });
-        program.map_or(Ok(()), run)
+        if program.steps.is_empty() { Ok(()) } else { run(program) }
     }
 }
 
@@ -207,19 +210,38 @@ mod tests {
         let track = Track::default();
         let (owned, temporary) = (Arc::new(1), Arc::new(2));
         let gone = Arc::downgrade(&temporary);
+        let step = |program: &mut Program| program.fill(0, 0, 1);
         track.write(|program| {
             (0..3).for_each(|_| program.keep(&owned));
             (0..2).for_each(|_| program.keep(&temporary));
-            program.fill(0, 0, 1);
+            step(program);
         });
         drop(temporary);
-        track.finish(|_| Ok(())).unwrap();
-        assert!(gone.upgrade().is_none());
-        // Here, and once in the program that is written next; and no more often after another one.
+        // A program without steps in between changes nothing.
+        for _ in 0..2 {
+            track.finish(|_| Ok(())).unwrap();
+            assert!(gone.upgrade().is_none());
+            // Nothing is kept for nothing.
+            assert_eq!(Arc::strong_count(&owned), 1);
+        }
+        track.write(step);
         assert_eq!(Arc::strong_count(&owned), 2);
-        track.write(|program| program.fill(0, 0, 1));
-        track.finish(|_| Ok(())).unwrap();
-        assert_eq!(Arc::strong_count(&owned), 2);
+        track
+            .finish(|program| {
+                assert_eq!((program.keep.len(), program.steps.len()), (1, 1));
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(Arc::strong_count(&owned), 1);
+    }
+
+    #[test]
+    fn blocks_that_were_never_used_are_free_again() {
+        let track = Track::default();
+        let block = Arc::new(1);
+        track.write(|program| program.keep(&block));
+        track.finish(|_| panic!("there is no step")).unwrap();
+        assert_eq!(Arc::strong_count(&block), 1);
     }
 
     #[test]
