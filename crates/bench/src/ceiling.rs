@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -75,18 +76,21 @@ fn median(rate: impl Fn() -> Result<f64, BenchError>) -> Result<f64, BenchError>
     Ok(rates[1])
 }
 
-/// Bytes a second.
-fn read(files: &[PathBuf]) -> Result<f64, BenchError> {
+/// Files cut into what is read at once: path, start and length.
+fn blocks_of(files: &[PathBuf]) -> Result<Vec<(&PathBuf, u64, u64)>, BenchError> {
     let mut blocks = Vec::new();
     for path in files {
         let io = |source| BenchError::Io { path: path.clone(), source };
         let bytes = std::fs::metadata(path).map_err(io)?.len();
-        let mut start = 0;
-        while start < bytes {
-            blocks.push((path, start, BLOCK_BYTES.min(bytes - start)));
-            start += BLOCK_BYTES;
-        }
+        let starts = (0..bytes).step_by(BLOCK_BYTES as usize);
+        blocks.extend(starts.map(|start| (path, start, BLOCK_BYTES.min(bytes - start))));
     }
+    Ok(blocks)
+}
+
+/// Bytes a second.
+fn read(files: &[PathBuf]) -> Result<f64, BenchError> {
+    let blocks = blocks_of(files)?;
     let total: u64 = blocks.iter().map(|(.., bytes)| bytes).sum();
     let start = Instant::now();
     blocks.par_iter().try_for_each_init(Vec::new, |buffer, (path, start, bytes)| {
@@ -106,15 +110,7 @@ pub fn read_for<E: Engine>(engine: &E, files: &[PathBuf], readers: usize) -> Res
     if buffers.is_empty() {
         return Ok(None);
     }
-    let mut blocks = Vec::new();
-    for path in files {
-        let io = |source| BenchError::Io { path: path.clone(), source };
-        let bytes = std::fs::metadata(path).map_err(io)?.len();
-        blocks.extend(
-            (0..bytes.div_ceil(BLOCK_BYTES))
-                .map(|at| (path, at * BLOCK_BYTES, BLOCK_BYTES.min(bytes - at * BLOCK_BYTES))),
-        );
-    }
+    let blocks = blocks_of(files)?;
     let total: u64 = blocks.iter().map(|(.., bytes)| bytes).sum();
     let rate = median(|| {
         let next = AtomicUsize::new(0);
@@ -137,7 +133,7 @@ pub fn read_for<E: Engine>(engine: &E, files: &[PathBuf], readers: usize) -> Res
                 })
             });
             let work: Vec<_> = work.collect();
-            work.into_iter().try_for_each(|thread| thread.join().unwrap_or(Ok(())))
+            work.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
         })?;
         Ok(total as f64 / start.elapsed().as_secs_f64().max(1e-9))
     })?;

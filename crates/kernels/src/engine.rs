@@ -5,7 +5,7 @@
 //!
 //! A call may queue its work; whatever comes back to the host is complete when the call returns.
 
-use crate::{Dtype, Result, Shape, Weights};
+use crate::{Dtype, KernelError, Result, Shape, Weights};
 
 /// What one pass over a pair of weights finds out.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -141,3 +141,29 @@ pub trait Engine: Send + Sync {
     /// A matrix in `dtype`, little-endian, rounded to nearest even. A value beyond the range is an error.
     fn pack(&self, matrix: &Self::Matrix, dtype: Dtype) -> Result<Vec<u8>>;
 }
+
+/// Refuses factors that do not make a product of this shape.
+pub(crate) fn check_factors(what: &'static str, shape: Shape, b: Shape, a: Shape) -> Result<()> {
+    if b.cols != a.rows {
+        return Err(KernelError::ShapeMismatch { what, left: b, right: a });
+    }
+    same_shape(what, shape, Shape { rows: b.rows, cols: a.cols })
+}
+
+/// Refuses operands of different shapes.
+pub(crate) fn same_shape(what: &'static str, left: Shape, right: Shape) -> Result<()> {
+    if left == right { Ok(()) } else { Err(KernelError::ShapeMismatch { what, left, right }) }
+}
+
+/// Whether a residual of f32 chains is good enough, from the squared norms of the factors and of what was found.
+///
+/// No step of a chain is larger than all its products and its end together; each rounds by half an epsilon of that or less,
+/// one way as often as the other, so the squares of the errors add to the result and nothing else does.
+pub(crate) fn f32_chains_do(found: f64, rank: usize, b_sumsq: f64, a_sumsq: f64) -> bool {
+    let largest = b_sumsq * a_sumsq + found;
+    let error = rank as f64 * (f64::from(f32::EPSILON) / 2.0).powi(2) * largest;
+    error <= RESIDUAL_ERROR * found
+}
+
+/// The share of a residual that roundings of its f32 elements may add.
+const RESIDUAL_ERROR: f64 = 1e-6;

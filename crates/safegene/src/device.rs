@@ -6,6 +6,7 @@
 use crate::fail::{Code, Failure};
 use crate::ui::Ui;
 use kernels::{CpuEngine, CudaEngine, CudaOptions, Demand, Engine, ImageCache, NoCuda};
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -101,14 +102,9 @@ impl From<NoCuda> for Failure {
 }
 
 fn cache_folder() -> Option<PathBuf> {
-    let folder = |name: &str| {
-        let path = match name {
-            "XDG_CACHE_HOME" => std::env::var_os("XDG_CACHE_HOME"),
-            _ => std::env::var_os("HOME"),
-        };
-        path.map(PathBuf::from).filter(|path| path.is_absolute())
-    };
-    let base = folder("XDG_CACHE_HOME").or_else(|| folder("HOME").map(|home| home.join(".cache")))?;
+    let folder = |value: Option<OsString>| value.map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = folder(std::env::var_os("XDG_CACHE_HOME"))
+        .or_else(|| folder(std::env::var_os("HOME")).map(|home| home.join(".cache")))?;
     Some(base.join("safegene").join("kernels"))
 }
 

@@ -13,6 +13,7 @@ mod tile;
 
 use rayon::prelude::*;
 
+use crate::engine::{check_factors, same_shape};
 use crate::philox::{entry, sketch_words};
 use crate::weights::Weights;
 use crate::{AddStats, DeltaStats, Demand, Dtype, Engine, KernelError, Result, Shape};
@@ -163,7 +164,7 @@ impl Engine for CpuEngine {
     }
 
     fn residual(&self, pair: &CpuPair, b: &CpuMatrix, a: &CpuMatrix) -> Result<f64> {
-        check_factors("residual", pair.shape, b, a)?;
+        check_factors("residual", pair.shape, b.shape, a.shape)?;
         pass::residual(pair, b, a)
     }
 
@@ -182,7 +183,7 @@ impl Engine for CpuEngine {
             return Err(KernelError::NotWritten { what: "add_low_rank", dtype });
         }
         for (_, b, a) in terms {
-            check_factors("add_low_rank", shape, b, a)?;
+            check_factors("add_low_rank", shape, b.shape, a.shape)?;
         }
         fuse::add_low_rank(w, dtype, shape, terms)
     }
@@ -200,17 +201,6 @@ impl Engine for CpuEngine {
         }
         Ok(out)
     }
-}
-
-fn same_shape(what: &'static str, left: Shape, right: Shape) -> Result<()> {
-    if left == right { Ok(()) } else { Err(KernelError::ShapeMismatch { what, left, right }) }
-}
-
-fn check_factors(what: &'static str, shape: Shape, b: &CpuMatrix, a: &CpuMatrix) -> Result<()> {
-    if b.shape.cols != a.shape.rows {
-        return Err(KernelError::ShapeMismatch { what, left: b.shape, right: a.shape });
-    }
-    same_shape(what, shape, Shape { rows: b.shape.rows, cols: a.shape.cols })
 }
 
 /// A sum in eight interleaved parts: a fixed order that vector units can follow.

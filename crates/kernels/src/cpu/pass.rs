@@ -11,6 +11,7 @@ use rayon::prelude::*;
 use super::rows::{Buffers, CpuPair, Sums, add_stats};
 use super::tile::{self, Lines, ROWS};
 use super::{CpuMatrix, LaneSum};
+use crate::engine::f32_chains_do;
 use crate::{DeltaStats, Result, Shape};
 
 /// Elements of a panel: 256 KB of f32, which leaves room in a second cache of 512 KB.
@@ -356,21 +357,18 @@ impl<T: Element> Visit for Residual<'_, T> {
     }
 }
 
-/// The share of a result that roundings of its f32 elements may add.
-const RESIDUAL_ERROR: f64 = 1e-6;
-
 /// The squared norm of `D - B A`, of fitting shapes.
 pub(super) fn residual(pair: &CpuPair, b: &CpuMatrix, a: &CpuMatrix) -> Result<f64> {
     if pair.shape.is_empty() {
         return Ok(0.0);
     }
     let found = residual_in::<f32>(pair, b, a)?;
-    // No step of a chain is larger than all its products and its end together; each rounds by half an epsilon of that
-    // or less, one way as often as the other, so the squares of the errors add to the result and nothing else does.
     let squares = |x: &CpuMatrix| x.data.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>();
-    let largest = squares(b) * squares(a) + found;
-    let error = b.shape.cols as f64 * (f64::from(f32::EPSILON) / 2.0).powi(2) * largest;
-    if error <= RESIDUAL_ERROR * found { Ok(found) } else { residual_in::<f64>(pair, b, a) }
+    if f32_chains_do(found, b.shape.cols, squares(b), squares(a)) {
+        Ok(found)
+    } else {
+        residual_in::<f64>(pair, b, a)
+    }
 }
 
 fn residual_in<T: Element>(pair: &CpuPair, b: &CpuMatrix, a: &CpuMatrix) -> Result<f64> {

@@ -7,6 +7,7 @@
 //! Bytes that are not in pinned memory go through slabs of the lane that are; a slab is filled again when its event says
 //! that it has been read.
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -97,18 +98,18 @@ impl Owner {
         while matches!(*own, News::None) {
             own = self.told.wait(own).unwrap_or_else(PoisonError::into_inner);
         }
-        match std::mem::take(&mut *own) {
-            News::Done(result) => Some(result),
-            _ => None,
-        }
+        std::mem::take(&mut *own).result()
     }
 
+    /// The result, if it is there.
     fn result(&self) -> Option<Result<()>> {
-        let mut own = self.news.lock().unwrap_or_else(PoisonError::into_inner);
-        match std::mem::take(&mut *own) {
-            News::Done(result) => Some(result),
-            _ => None,
-        }
+        std::mem::take(&mut *self.news.lock().unwrap_or_else(PoisonError::into_inner)).result()
+    }
+}
+
+impl News {
+    fn result(self) -> Option<Result<()>> {
+        if let News::Done(result) = self { Some(result) } else { None }
     }
 }
 
@@ -170,8 +171,18 @@ impl Lanes {
         })
     }
 
-    /// Has a program done; returns when it is.
+    /// Has a program done; returns when it is. A panic on the way, out of a reader, goes on only then: the program may name
+    /// memory that is the caller's.
     pub(super) fn run(&self, program: Program) -> Result<()> {
+        let mut panic = None;
+        let result = self.wait_for(program, &mut panic);
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
+        result
+    }
+
+    fn wait_for(&self, program: Program, panic: &mut Option<Box<dyn Any + Send>>) -> Result<()> {
         let own = Arc::<Owner>::default();
         let lock = || self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         lock().waiting.push_back(Waiting { program, owner: own.clone() });
@@ -192,14 +203,15 @@ impl Lanes {
             drop(queue);
             let programs: Vec<&Program> = batch.iter().map(|waiting| &waiting.program).collect();
             let worked = catch_unwind(AssertUnwindSafe(|| self.work(&mut lane, &programs)));
-            let (results, panic) = match worked {
-                Ok(results) => (results, None),
-                Err(panic) => {
+            let results = match worked {
+                Ok(results) => results,
+                Err(cause) => {
                     // Out of a reader. What was given is under way, and its memory is about to be free.
                     let _ = lane.stream.synchronize();
                     let message = "a thread that worked for several panicked".to_owned();
                     let error = KernelError::Device { call: "cuStreamSynchronize", code: 0, message };
-                    (vec![Err(error); batch.len()], Some(panic))
+                    *panic = Some(cause);
+                    vec![Err(error); batch.len()]
                 }
             };
             self.meters.programs.fetch_add(batch.len() as u64, Ordering::Relaxed);
@@ -217,9 +229,6 @@ impl Lanes {
             own.busy.store(false, Ordering::Relaxed);
             queue.nudge();
             drop(queue);
-            if let Some(panic) = panic {
-                resume_unwind(panic);
-            }
             if let Some(result) = own.result() {
                 return result;
             }

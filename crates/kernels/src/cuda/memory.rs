@@ -67,6 +67,12 @@ impl Drop for Block {
 }
 
 impl State {
+    /// A kept block of this length, or one out of a free range.
+    fn find(&mut self, len: u64) -> Option<u64> {
+        let kept = self.kept.get_mut(&len).and_then(Vec::pop);
+        kept.or_else(|| self.best(len))
+    }
+
     /// The smallest free range that holds `len`.
     fn best(&mut self, len: u64) -> Option<u64> {
         let like = self.segments.iter_mut().filter(|s| s.small == (len <= SMALL));
@@ -114,17 +120,12 @@ impl Heap {
     pub(super) fn take(self: &Arc<Heap>, len: u64) -> Result<Option<Block>> {
         let Some(len) = len.max(1).checked_next_multiple_of(ALIGN) else { return Ok(None) };
         let block = |address| Some(Block { address, len, home: self.clone() });
-        let free = {
-            let mut state = self.lock();
-            let kept = state.kept.get_mut(&len).and_then(Vec::pop);
-            kept.or_else(|| state.best(len))
-        };
-        if let Some(address) = free {
+        if let Some(address) = self.lock().find(len) {
             return Ok(block(address));
         }
         // One after the other: the next may find what the one before has brought.
         let _growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(address) = self.lock().best(len) {
+        if let Some(address) = self.lock().find(len) {
             return Ok(block(address));
         }
         for want in [self.segment.max(len), len] {

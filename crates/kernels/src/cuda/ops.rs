@@ -8,11 +8,9 @@ use super::pair::{CudaPair, Held};
 use super::program::{Source, Track};
 use super::steps::{blocks, code, halves, in_a_grid, side, tiles, write_place, write_reduce_sums};
 use super::{CudaEngine, CudaMatrix};
-use crate::engine::{Demand, HostBuffer};
+use crate::engine::{Demand, HostBuffer, check_factors, f32_chains_do};
 use crate::{AddStats, DeltaStats, Dtype, Engine, KernelError, Result, Shape, Side, Weights};
 
-/// The share of the roundings of f32 chains that a residual may hold, as on the CPU.
-const RESIDUAL_ERROR: f64 = 1e-6;
 /// Callers for each core that wait for the device most of the time.
 const CALLERS_PER_CORE: usize = 4;
 
@@ -214,7 +212,7 @@ impl Engine for CudaEngine {
     }
 
     fn residual(&self, pair: &CudaPair, b: &CudaMatrix, a: &CudaMatrix) -> Result<f64> {
-        check_factors("residual", pair.shape, b, a)?;
+        check_factors("residual", pair.shape, b.shape, a.shape)?;
         if pair.shape.is_empty() {
             return Ok(0.0);
         }
@@ -230,10 +228,7 @@ impl Engine for CudaEngine {
         let squares = |landing: &Landing| -> Result<f64> {
             Ok(bytemuck::pod_read_unaligned::<Sums>(landing.bytes()?).x)
         };
-        // As on the CPU: the squares of the roundings of f32 chains add to the result, and nothing else does.
-        let largest = squares(&b_landing)? * squares(&a_landing)? + found;
-        let error = b.shape.cols as f64 * (f64::from(f32::EPSILON) / 2.0).powi(2) * largest;
-        if error <= RESIDUAL_ERROR * found {
+        if f32_chains_do(found, b.shape.cols, squares(&b_landing)?, squares(&a_landing)?) {
             return Ok(found);
         }
         let found = self.residual_in(&track, pair, b, a, Kernel::ResidualF64)?;
@@ -259,7 +254,7 @@ impl Engine for CudaEngine {
             _ => return Err(KernelError::NotWritten { what: "add_low_rank", dtype }),
         };
         for (_, b, a) in terms {
-            check_factors("add_low_rank", shape, b, a)?;
+            check_factors("add_low_rank", shape, b.shape, a.shape)?;
         }
         if shape.is_empty() {
             return Ok(AddStats::default());
@@ -354,17 +349,5 @@ impl Engine for CudaEngine {
             NONE => Ok(landing.bytes()?.to_vec()),
             index => Err(KernelError::Overflow { what: "pack", index }),
         }
-    }
-}
-
-fn check_factors(what: &'static str, shape: Shape, b: &CudaMatrix, a: &CudaMatrix) -> Result<()> {
-    if b.shape.cols != a.shape.rows {
-        return Err(KernelError::ShapeMismatch { what, left: b.shape, right: a.shape });
-    }
-    let product = Shape { rows: b.shape.rows, cols: a.shape.cols };
-    if product == shape {
-        Ok(())
-    } else {
-        Err(KernelError::ShapeMismatch { what, left: shape, right: product })
     }
 }

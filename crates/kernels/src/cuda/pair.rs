@@ -11,6 +11,7 @@ use super::kernel::{DELTA_ROWS, Kernel, NONE, PANEL_ROWS, Sums};
 use super::memory::Block;
 use super::program::{Program, Source, Track};
 use super::steps::{code, side, stride};
+use crate::engine::same_shape;
 use crate::weights::{Rows, Scales, blame};
 use crate::{DeltaStats, Dtype, KernelError, Result, Shape, Side, Weights};
 
@@ -68,10 +69,7 @@ impl CudaPair {
 impl CudaEngine {
     /// Two sides, whole where they fit.
     pub(super) fn make_pair(&self, aligned: Weights, degraded: Weights) -> Result<CudaPair> {
-        if aligned.shape != degraded.shape {
-            let (left, right) = (aligned.shape, degraded.shape);
-            return Err(KernelError::ShapeMismatch { what: "pair", left, right });
-        }
+        same_shape("pair", aligned.shape, degraded.shape)?;
         let shape = aligned.shape;
         side(shape.rows, shape)?;
         if shape.cols > COLS_MAX {

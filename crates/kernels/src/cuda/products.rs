@@ -86,7 +86,8 @@ impl CudaEngine {
         let direct = once && down == 1;
         let w_parts = if direct { None } else { Some(self.block(track, u64::from(down) * w_len * 4)?) };
         let sum = if once { None } else { Some(self.block(track, w_len * 8)?) };
-        let sum = sum.map_or(0, |sum| sum.address);
+        // Owned until all steps that name it are written.
+        let sum_at = sum.as_ref().map_or(0, |sum| sum.address);
         self.pass(track, pair, None, &mut |program, first, count, d, ld| {
             let rows_at = y.block.address + u64::from(first) * u64::from(l) * 4;
             if let Some(z) = z {
@@ -101,7 +102,7 @@ impl CudaEngine {
             gemm.write(program, true, (columns, l, count), (d, ld), rows_at, into);
             if w_parts.is_some() {
                 let last = first + count == rows as u32;
-                let at = (into, sum, w.block.address);
+                let at = (into, sum_at, w.block.address);
                 write_reduce(program, at, w_len, gemm.parts(count), (first == 0, last));
             }
         })?;

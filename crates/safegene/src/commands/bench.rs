@@ -156,11 +156,13 @@ fn extract(job: &BenchRun, device: &Device, memory_bytes: u64, ui: &Ui) -> Resul
     let wall_s = median(&mut walls);
     let input_gb = found.input_bytes as f64 / 1e9;
     let rate = input_gb / wall_s;
-    let mut limits = vec![("read", ceilings.read_gb_s, input_gb / ceilings.read_gb_s)];
+    let mut limits = Vec::new();
     match device {
-        Device::Cpu(_) => limits.push(("gemm", ceilings.gemm_gf_s, operations / 1e9 / ceilings.gemm_gf_s)),
+        Device::Cpu(_) => {
+            limits.push(("read", ceilings.read_gb_s, input_gb / ceilings.read_gb_s));
+            limits.push(("gemm", ceilings.gemm_gf_s, operations / 1e9 / ceilings.gemm_gf_s));
+        }
         Device::Cuda(engine) => {
-            limits.clear();
             if let Some(read) = ::bench::read_for(engine, &files, engine.demand().readers)? {
                 limits.push(("read into pinned memory", read, input_gb / read));
             }
