@@ -9,6 +9,7 @@
 //! Not here: files, printing, choosing shots.
 
 pub mod calibrate;
+pub mod distillation;
 pub mod gene;
 pub mod sqp;
 

@@ -3,6 +3,7 @@
 //! Reads both dialects of transformers (`rope_theta` and `rope_scaling` on top, or inside
 //! `rope_parameters`). What is not understood is refused, never guessed.
 
+use crate::attach::ModuleKind;
 use crate::error::ModelError;
 use serde_json::Value;
 
@@ -152,6 +153,21 @@ impl Architecture {
             eos: token_ids(config.get("eos_token_id")),
             model_type,
         })
+    }
+
+    /// The linear modules of a block in the order of the forward pass, with their sides: (module, out, in).
+    pub fn modules(&self) -> Vec<(ModuleKind, usize, usize)> {
+        let (h, q, kv) = (self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        ModuleKind::ALL
+            .into_iter()
+            .map(|kind| match kind {
+                ModuleKind::Q => (kind, q, h),
+                ModuleKind::K | ModuleKind::V => (kind, kv, h),
+                ModuleKind::O => (kind, h, q),
+                ModuleKind::Gate | ModuleKind::Up => (kind, self.ffn, h),
+                ModuleKind::Down => (kind, h, self.ffn),
+            })
+            .collect()
     }
 
     /// Rotary angle per position for each of the `head_dim / 2` pairs (arXiv 2104.09864; Llama-3 scaling as in

@@ -1,9 +1,11 @@
 //! Low-rank attachments: what a fine-tune or a gene adds to the linear modules of a model.
 
+use crate::error::ModelError;
 use candle_core::{Device, Tensor};
 
 /// The seven linear modules of a decoder block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum ModuleKind {
     /// Query projection.
     Q,
@@ -130,6 +132,22 @@ impl Attachments {
         Ok(())
     }
 
+    /// What an adapter adds to its base, scales folded into `B`; `None` if it holds more than factors of modules that
+    /// this decoder has, so that the weights have to be merged.
+    pub fn of_adapter(adapter: &checkpoint::Adapter) -> Result<Option<Self>, ModelError> {
+        if !adapter.saved().is_empty() {
+            return Ok(None);
+        }
+        let mut out = Self::none();
+        for name in adapter.modules().keys() {
+            let Some((layer, kind)) = ModuleKind::parse(name) else { return Ok(None) };
+            if let Some(f) = adapter.factors(name)? {
+                out.add_fixed(layer, kind, (&f.b, &f.a), f.rank, f.scale as f32)?;
+            }
+        }
+        Ok(Some(out))
+    }
+
     /// Adds `scale · delta` to a 1-D weight; `scale` has shape `[1]`.
     pub fn add_vector(&mut self, layer: usize, kind: VectorKind, delta: Tensor, scale: Tensor) {
         self.vectors.push((layer, kind, delta, scale));
@@ -142,6 +160,15 @@ impl Attachments {
             out = (out + delta.broadcast_mul(scale)?)?;
         }
         Ok(out)
+    }
+
+    /// The same values without a way back for gradients.
+    pub fn detached(&self) -> Self {
+        let one =
+            |at: &Attachment| Attachment { a: at.a.detach(), b: at.b.detach(), scale: at.scale.detach() };
+        let layers = self.layers.iter().map(|l| std::array::from_fn(|k| l[k].iter().map(one).collect()));
+        let vectors = self.vectors.iter().map(|(l, k, d, s)| (*l, *k, d.detach(), s.detach()));
+        Self { layers: layers.collect(), vectors: vectors.collect() }
     }
 
     /// All additions of `other` as well.

@@ -19,6 +19,7 @@ pub mod loss;
 pub mod model;
 pub mod ops;
 pub mod optimise;
+pub mod recompute;
 pub mod refusal;
 
 pub use architecture::Architecture;

@@ -96,6 +96,16 @@ pub struct Cache {
     tokens: usize,
 }
 
+/// Where the tokens of a batch stand.
+#[derive(Debug)]
+pub(crate) struct Place {
+    rows: usize,
+    tokens: usize,
+    /// Rotary position of each token, row-major.
+    positions: Arc<Vec<u32>>,
+    starts: Arc<Vec<u32>>,
+}
+
 /// A decoder with its weights.
 #[derive(Debug, Clone)]
 pub struct Model {
@@ -227,16 +237,25 @@ impl Model {
         mut cache: Option<&mut Cache>,
         mut taps: Option<&mut Taps>,
     ) -> Result<Tensor, ModelError> {
-        let a = &self.architecture;
+        let place = self.place(batch, cache.as_ref().map_or(0, |c| c.tokens))?;
+        let mut x = self.embedded(batch)?;
+        for layer in 0..self.blocks.len() {
+            let input = x.clone();
+            x = self.block(layer, &x, &place, attachments, cache.as_deref_mut())?;
+            if let Some(taps) = taps.as_deref_mut() {
+                taps.outputs.push((&x - &input)?);
+                taps.inputs.push(input);
+            }
+        }
+        if let Some(cache) = cache {
+            cache.tokens += batch.tokens;
+        }
+        self.normed(&x)
+    }
+
+    /// Where the tokens of a batch stand, `past` tokens having been read before.
+    pub(crate) fn place(&self, batch: &Batch, past: usize) -> Result<Place, ModelError> {
         let (rows, tokens) = (batch.rows(), batch.tokens);
-        let past = cache.as_ref().map_or(0, |c| c.tokens);
-        let positions: Arc<Vec<u32>> = Arc::new(
-            batch
-                .starts
-                .iter()
-                .flat_map(|&s| (0..tokens).map(move |t| ((past + t) as u32).saturating_sub(s)))
-                .collect(),
-        );
         if past + tokens > self.rope.len() {
             return Err(ModelError::Config {
                 key: "prompt".into(),
@@ -247,47 +266,59 @@ impl Model {
                 ),
             });
         }
-        let ids = Tensor::from_slice(&batch.ids, rows * tokens, &Device::Cpu)?;
-        let mut x = self.embedding.index_select(&ids, 0)?;
-        if self.variables.is_none() {
-            x = x.detach();
-        }
-        for (layer, block) in self.blocks.iter().enumerate() {
-            let input = x.clone();
-            let lin = |x: &Tensor, kind| self.linear(x, layer, kind, attachments);
-            let norm = attachments.vector(layer, VectorKind::AttentionNorm, &block.attention_norm)?;
-            let h = ops::rms_norm(&x, &norm, a.rms_eps)?;
-            let heads = |t: Tensor, n: usize| t.reshape((rows, tokens, n, a.head_dim));
-            let q = heads(lin(&h, ModuleKind::Q)?, a.heads)?;
-            let k = heads(lin(&h, ModuleKind::K)?, a.kv_heads)?;
-            let mut v = heads(lin(&h, ModuleKind::V)?, a.kv_heads)?;
-            let q = ops::rope(&q, &self.rope, &positions)?;
-            let mut k = ops::rope(&k, &self.rope, &positions)?;
-            if let Some(cache) = cache.as_deref_mut() {
-                if let Some((old_k, old_v)) = cache.layers.get(layer) {
-                    k = Tensor::cat(&[old_k, &k], 1)?;
-                    v = Tensor::cat(&[old_v, &v], 1)?;
-                    cache.layers[layer] = (k.clone(), v.clone());
-                } else {
-                    cache.layers.push((k.clone(), v.clone()));
-                }
-            }
-            let mixed =
-                ops::attention(&q, &k, &v, &batch.starts)?.reshape((rows * tokens, a.heads * a.head_dim))?;
-            x = (x + lin(&mixed, ModuleKind::O)?)?;
-            let norm = attachments.vector(layer, VectorKind::MlpNorm, &block.mlp_norm)?;
-            let h = ops::rms_norm(&x, &norm, a.rms_eps)?;
-            let inner = ops::swiglu(&lin(&h, ModuleKind::Gate)?, &lin(&h, ModuleKind::Up)?)?;
-            x = (x + lin(&inner, ModuleKind::Down)?)?;
-            if let Some(taps) = taps.as_deref_mut() {
-                taps.outputs.push((&x - &input)?);
-                taps.inputs.push(input);
-            }
-        }
+        let of = |&s: &u32| (0..tokens).map(move |t| ((past + t) as u32).saturating_sub(s));
+        let positions = Arc::new(batch.starts.iter().flat_map(of).collect());
+        Ok(Place { rows, tokens, positions, starts: batch.starts.clone() })
+    }
+
+    /// What goes into the first block, `[rows * tokens, hidden]`.
+    pub(crate) fn embedded(&self, batch: &Batch) -> Result<Tensor, ModelError> {
+        let ids = Tensor::from_slice(&batch.ids, batch.ids.len(), &Device::Cpu)?;
+        let x = self.embedding.index_select(&ids, 0)?;
+        Ok(if self.variables.is_none() { x.detach() } else { x })
+    }
+
+    /// The final norm of what comes out of the last block.
+    pub(crate) fn normed(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(ops::rms_norm(x, &self.norm, self.architecture.rms_eps)?)
+    }
+
+    /// One block: `[rows * tokens, hidden]` in and out.
+    pub(crate) fn block(
+        &self,
+        layer: usize,
+        x: &Tensor,
+        place: &Place,
+        attachments: &Attachments,
+        cache: Option<&mut Cache>,
+    ) -> Result<Tensor, ModelError> {
+        let a = &self.architecture;
+        let (block, rows, tokens) = (&self.blocks[layer], place.rows, place.tokens);
+        let lin = |x: &Tensor, kind| self.linear(x, layer, kind, attachments);
+        let norm = attachments.vector(layer, VectorKind::AttentionNorm, &block.attention_norm)?;
+        let h = ops::rms_norm(x, &norm, a.rms_eps)?;
+        let heads = |t: Tensor, n: usize| t.reshape((rows, tokens, n, a.head_dim));
+        let q = heads(lin(&h, ModuleKind::Q)?, a.heads)?;
+        let k = heads(lin(&h, ModuleKind::K)?, a.kv_heads)?;
+        let mut v = heads(lin(&h, ModuleKind::V)?, a.kv_heads)?;
+        let q = ops::rope(&q, &self.rope, &place.positions)?;
+        let mut k = ops::rope(&k, &self.rope, &place.positions)?;
         if let Some(cache) = cache {
-            cache.tokens += tokens;
+            if let Some((old_k, old_v)) = cache.layers.get(layer) {
+                k = Tensor::cat(&[old_k, &k], 1)?;
+                v = Tensor::cat(&[old_v, &v], 1)?;
+                cache.layers[layer] = (k.clone(), v.clone());
+            } else {
+                cache.layers.push((k.clone(), v.clone()));
+            }
         }
-        Ok(ops::rms_norm(&x, &self.norm, a.rms_eps)?)
+        let mixed =
+            ops::attention(&q, &k, &v, &place.starts)?.reshape((rows * tokens, a.heads * a.head_dim))?;
+        let x = (x + lin(&mixed, ModuleKind::O)?)?;
+        let norm = attachments.vector(layer, VectorKind::MlpNorm, &block.mlp_norm)?;
+        let h = ops::rms_norm(&x, &norm, a.rms_eps)?;
+        let inner = ops::swiglu(&lin(&h, ModuleKind::Gate)?, &lin(&h, ModuleKind::Up)?)?;
+        Ok((x + lin(&inner, ModuleKind::Down)?)?)
     }
 
     /// Logits `[n, vocab]` of chosen rows of `hidden`.

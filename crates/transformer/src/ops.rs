@@ -7,7 +7,7 @@
 //! | [`rope`] | x `[b, t, h, d]` | x |
 //! | [`attention`] | q `[b, t, h, d]`, k and v `[b, s, g, d]`, `g` divides `h` | q, k, v |
 //! | [`swiglu`] | gate, up `[n, f]` | both |
-//! | [`cross_entropy`], [`kl`] | logits `[n, v]` | logits |
+//! | [`cross_entropy`], [`kl`], [`log_odds`] | logits `[n, v]` | logits |
 //!
 //! All f32, row-major; sums inside a row are in a fixed order, so results do not depend on the thread
 //! count. Each backward is checked against central differences below.
@@ -575,6 +575,62 @@ pub fn kl(logits: &Tensor, reference: Arc<Vec<f32>>, weights: Arc<Vec<f32>>) -> 
     logits.contiguous()?.apply_op1(Divergence { reference: Reference::Logp(reference), weights })
 }
 
+struct LogOdds {
+    inside: Arc<Vec<bool>>,
+}
+
+impl LogOdds {
+    /// Logarithms of the sums of `exp` inside and outside of the set.
+    fn sums(&self, row: &[f32]) -> [f64; 2] {
+        let mut max = [f32::NEG_INFINITY; 2];
+        for (&x, &inside) in row.iter().zip(self.inside.iter()) {
+            let side = usize::from(!inside);
+            max[side] = max[side].max(x);
+        }
+        let mut sum = [0f64; 2];
+        for (&x, &inside) in row.iter().zip(self.inside.iter()) {
+            let side = usize::from(!inside);
+            sum[side] += f64::from(x - max[side]).exp();
+        }
+        [0, 1].map(|side| f64::from(max[side]) + sum[side].ln())
+    }
+}
+
+impl CustomOp1 for LogOdds {
+    fn name(&self) -> &'static str {
+        "log-odds-with-backward"
+    }
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = view(s, l)?;
+        let (n, v) = l.shape().dims2()?;
+        if self.inside.len() != v || !self.inside.contains(&true) || !self.inside.contains(&false) {
+            bail!("the set has to be some, and not all, of {v} tokens");
+        }
+        let odds = x.chunks(v).map(|row| {
+            let [inside, outside] = self.sums(row);
+            (inside - outside) as f32
+        });
+        Ok(own(odds.collect(), n))
+    }
+    fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let (_, v) = x.dims2()?;
+        let (mut dx, gs) = (values(x)?, values(grad)?);
+        for (row, g) in dx.chunks_mut(v).zip(gs) {
+            let [inside, outside] = self.sums(row);
+            for (x, &is_inside) in row.iter_mut().zip(self.inside.iter()) {
+                let at = f64::from(*x);
+                *x = g * if is_inside { (at - inside).exp() } else { -(at - outside).exp() } as f32;
+            }
+        }
+        Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
+    }
+}
+
+/// `log P(R) − log(1 − P(R))` of each row, shape `[n]`, nats; `inside[v]` says which tokens are in R.
+pub fn log_odds(logits: &Tensor, inside: &Arc<Vec<bool>>) -> Result<Tensor> {
+    logits.contiguous()?.apply_op1(LogOdds { inside: inside.clone() })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -695,6 +751,20 @@ mod tests {
         check(&[&[3, 5]], |x| kl(&x[0], r.clone(), w.clone()));
         let same = Tensor::from_vec(x, &[3, 5], &Device::Cpu).unwrap();
         assert!(values(&kl(&same, r.clone(), w.clone()).unwrap()).unwrap()[0].abs() < 1e-6);
+    }
+
+    #[test]
+    fn log_odds_gradient_and_value() {
+        let inside = Arc::new(vec![false, true, false, true, false]);
+        check(&[&[3, 5]], |x| log_odds(&x[0], &inside));
+        // Odds of two equal tokens against three: log(2 / 3); far logits neither overflow nor vanish.
+        for lift in [0.0f32, 300.0, -300.0] {
+            let x = Tensor::from_vec(vec![lift; 5], (1, 5), &Device::Cpu).unwrap();
+            let y = values(&log_odds(&x, &inside).unwrap()).unwrap()[0];
+            assert!((y - (2f32 / 3.0).ln()).abs() < 1e-6, "{y}");
+        }
+        let x = Tensor::zeros((1, 5), candle_core::DType::F32, &Device::Cpu).unwrap();
+        assert!(log_odds(&x, &Arc::new(vec![true; 5])).is_err());
     }
 
     #[test]

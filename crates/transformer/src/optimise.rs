@@ -26,6 +26,15 @@ impl Default for AdamW {
     }
 }
 
+/// Values and moments of all variables after some steps: enough to go on.
+#[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Moments {
+    /// Steps done.
+    pub step: i32,
+    /// Of each variable in order: values, first moments, second moments.
+    pub values: Vec<[Vec<f32>; 3]>,
+}
+
 /// Variables with their moments.
 #[derive(Debug)]
 pub struct Optimiser {
@@ -56,6 +65,30 @@ impl Optimiser {
                 None => Ok(vec![0f32; v.elem_count()]),
             })
             .collect()
+    }
+
+    /// Values and moments as they are.
+    pub fn moments(&self) -> Result<Moments> {
+        let one = |(var, (m, v)): (&Var, &(Vec<f32>, Vec<f32>))| -> Result<[Vec<f32>; 3]> {
+            Ok([var.flatten_all()?.to_vec1()?, m.clone(), v.clone()])
+        };
+        let values = self.vars.iter().zip(&self.moments).map(one).collect::<Result<_>>()?;
+        Ok(Moments { step: self.step, values })
+    }
+
+    /// Goes on from `moments`. Those of other variables are refused with the numbers of values (needed, found).
+    pub fn restore(&mut self, moments: &Moments) -> std::result::Result<Result<()>, (usize, usize)> {
+        let need: Vec<usize> = self.vars.iter().map(|v| v.elem_count()).collect();
+        let found = |side: usize| moments.values.iter().map(move |v| v[side].len());
+        if (0..3).any(|side| !found(side).eq(need.iter().copied())) {
+            return Err((need.iter().sum(), found(0).sum()));
+        }
+        self.step = moments.step;
+        for (slot, [_, m, v]) in self.moments.iter_mut().zip(&moments.values) {
+            *slot = (m.clone(), v.clone());
+        }
+        let mut set = self.vars.iter().zip(&moments.values);
+        Ok(set.try_for_each(|(var, [x, ..])| var.set(&Tensor::from_slice(x, var.shape(), var.device())?)))
     }
 
     /// One step at `lr`; returns the gradient's L2 norm before clipping.
