@@ -9,16 +9,17 @@
 //! 1. the least `KL_task + KL_benign` such that `L ≤ δ`, if that needs no more than the limit ε on each;
 //! 2. else the least `L` such that `KL_task ≤ ε` and `KL_benign ≤ ε`.
 //!
-//! `0 ≤ c_l ≤ c_max` always. The solver is [`crate::sqp`] with exact gradients, on `log L`; what ends above the limit
-//! is scaled back towards zero by bisection.
+//! `0 ≤ c_l ≤ c_max` always. The solver is [`crate::sqp`] with exact gradients, on `log L`, or, where gradients cost too
+//! much memory, COBYLA (Powell 1994) on values alone; what ends above the limit is scaled back towards zero by bisection.
 
-use crate::gene::GeneAttachments;
+use crate::gene::{Frozen, GeneAttachments};
 use crate::sqp::{self, Point, Settings};
-use candle_core::{Device, Var};
+use candle_core::{Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use transformer::{AnswerBatch, Attachments, Model, ModelError, Openings, Row};
+use transformer::{AnswerBatch, ModelError, Openings, Row};
 
 /// Why no coefficients were found.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +92,28 @@ pub struct Shots {
     pub benign: Vec<Row>,
 }
 
+/// What may move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Freedom {
+    /// One coefficient for each layer.
+    #[default]
+    PerLayer,
+    /// One coefficient for all layers: task arithmetic with the gene.
+    OneForAll,
+}
+
+/// How the two problems are solved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Solver {
+    /// SQP with exact gradients.
+    #[default]
+    Gradients,
+    /// COBYLA on values alone: no backward pass, more evaluations.
+    ForwardOnly,
+}
+
 /// What may be spent.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Limits {
@@ -100,13 +123,26 @@ pub struct Limits {
     pub c_max: f64,
     /// δ: safety loss that is enough, nat per token.
     pub delta: f64,
-    /// Evaluations with gradients in each of the two problems.
+    /// Evaluations with gradients in each of the two problems; without gradients ten times as many.
     pub gradients_max: usize,
+    /// What may move.
+    #[serde(default)]
+    pub freedom: Freedom,
+    /// How.
+    #[serde(default)]
+    pub solver: Solver,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { max_kl: 0.02, c_max: 10.0, delta: 0.003, gradients_max: 24 }
+        Self {
+            max_kl: 0.02,
+            c_max: 10.0,
+            delta: 0.003,
+            gradients_max: 24,
+            freedom: Freedom::PerLayer,
+            solver: Solver::Gradients,
+        }
     }
 }
 
@@ -154,8 +190,34 @@ pub struct Calibration {
     pub kl_task: f64,
     /// KL on the benign shots; null without benign shots.
     pub kl_benign: Option<f64>,
-    /// Gradients used.
+    /// Gradients used; evaluations where there are no gradients.
     pub gradients: usize,
+}
+
+/// How much the coefficient of one layer mattered: what is lost and saved without it.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct LayerEffect {
+    /// The layer.
+    pub layer: u32,
+    /// Its coefficient.
+    pub coefficient: f64,
+    /// Safety loss with this coefficient at 0 and the others as they are, nat per token.
+    pub loss_without: f64,
+    /// KL on task and benign shots then, nat per token.
+    pub kl_without: f64,
+}
+
+/// A point of the trade-off: as safe as a limit allows.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct TradeOff {
+    /// The limit, nat per token.
+    pub max_kl: f64,
+    /// Safety loss, nat per token.
+    pub loss: f64,
+    /// KL on the task shots.
+    pub kl_task: f64,
+    /// KL on the benign shots; null without benign shots.
+    pub kl_benign: Option<f64>,
 }
 
 impl Calibration {
@@ -184,109 +246,275 @@ struct Set {
     reference: Arc<Vec<f32>>,
 }
 
+/// Loss and divergences of one target as functions of the coefficients.
 struct Problem<'a> {
-    model: &'a Model,
+    target: &'a Frozen<'a>,
     gene: &'a GeneAttachments,
+    freedom: Freedom,
     safety: AnswerBatch,
     task: Set,
     benign: Option<Set>,
 }
 
-/// Loss and divergences at one point, with gradients.
+/// Loss and divergences at one point; gradients are empty where none were asked for.
+#[derive(Debug, Clone)]
 struct Values {
     loss: (f64, Vec<f64>),
     task: (f64, Vec<f64>),
     benign: (f64, Vec<f64>),
 }
 
-impl Problem<'_> {
-    fn values(&self, c: &[f64]) -> Result<Values, CalibrationError> {
-        let mut vars = Vec::new();
-        let mut scales = BTreeMap::new();
-        for (&layer, &c) in self.gene.layers().iter().zip(c) {
-            let var = Var::from_slice(&[c as f32], 1, &Device::Cpu)?;
-            scales.insert(layer, var.as_tensor().clone());
-            vars.push(var);
+impl Values {
+    fn within(&self, max_kl: f64) -> bool {
+        self.task.0 <= max_kl && self.benign.0 <= max_kl
+    }
+
+    fn kl(&self) -> f64 {
+        self.task.0 + self.benign.0
+    }
+
+    /// `log L` with its gradient; the floor keeps the logarithm finite for a perfect refusal.
+    fn log_loss(&self) -> (f64, Vec<f64>) {
+        let l = self.loss.0.max(1e-9);
+        (l.ln(), self.loss.1.iter().map(|g| g / l).collect())
+    }
+
+    /// The first problem: least KL such that the loss is at most δ.
+    fn least_kl(&self, x: &[f64], log_delta: f64) -> Point {
+        let (l, dl) = self.log_loss();
+        let df = self.task.1.iter().zip(&self.benign.1).map(|(a, b)| a + b).collect();
+        Point { x: x.to_vec(), f: self.kl(), df, h: vec![l - log_delta], dh: vec![dl] }
+    }
+
+    /// The second problem: least loss under the limit; constraints are in units of ε.
+    fn least_loss(&self, x: &[f64], eps: f64) -> Point {
+        let (f, df) = self.log_loss();
+        let bound =
+            |(value, slope): &(f64, Vec<f64>)| (value / eps - 1.0, slope.iter().map(|g| g / eps).collect());
+        let (h, dh) = [&self.task, &self.benign].into_iter().map(bound).unzip();
+        Point { x: x.to_vec(), f, df, h, dh }
+    }
+}
+
+impl<'a> Problem<'a> {
+    fn new(
+        target: &'a Frozen<'a>,
+        gene: &'a GeneAttachments,
+        shots: &Shots,
+        freedom: Freedom,
+        pad: u32,
+    ) -> Result<Self, CalibrationError> {
+        for (rows, what) in [(&shots.safety, "safety"), (&shots.task, "task")] {
+            if rows.is_empty() {
+                return Err(CalibrationError::NoShots(what));
+            }
         }
-        let attachments = self.gene.attach(&scales);
-        let measure = |y: candle_core::Tensor, what| -> Result<(f64, Vec<f64>), CalibrationError> {
+        if gene.layers().is_empty() {
+            return Err(CalibrationError::NoLayer);
+        }
+        let set = |rows: &[Row]| -> Result<Set, CalibrationError> {
+            let batch = AnswerBatch::new(rows, pad);
+            let reference = batch.reference(target.model, &target.own)?;
+            Ok(Set { batch, reference })
+        };
+        Ok(Self {
+            target,
+            gene,
+            freedom,
+            safety: AnswerBatch::new(&shots.safety, pad),
+            task: set(&shots.task)?,
+            benign: if shots.benign.is_empty() { None } else { Some(set(&shots.benign)?) },
+        })
+    }
+
+    /// Number of coefficients that are free.
+    fn len(&self) -> usize {
+        match self.freedom {
+            Freedom::PerLayer => self.gene.layers().len(),
+            Freedom::OneForAll => 1,
+        }
+    }
+
+    /// One coefficient for each layer.
+    fn by_layer(&self, c: &[f64]) -> BTreeMap<u32, f64> {
+        self.gene.layers().iter().copied().zip(c.iter().copied().cycle()).collect()
+    }
+
+    fn values(&self, c: &[f64], gradients: bool) -> Result<Values, CalibrationError> {
+        let vars = c
+            .iter()
+            .map(|&c| Var::from_slice(&[c as f32], 1, &Device::Cpu))
+            .collect::<Result<Vec<_>, _>>()?;
+        let tensor = |var: &Var| match gradients {
+            true => var.as_tensor().clone(),
+            false => var.as_tensor().detach(),
+        };
+        let scales: Vec<Tensor> = vars.iter().map(tensor).collect();
+        let scales = self.gene.layers().iter().copied().zip(scales.into_iter().cycle()).collect();
+        let attachments = self.target.with(&self.gene.attach(&scales));
+        let measure = |y: Tensor, what| -> Result<(f64, Vec<f64>), CalibrationError> {
             let value = f64::from(y.to_vec1::<f32>()?[0]);
             if !value.is_finite() {
                 return Err(CalibrationError::NotFinite(what));
             }
-            let grads = y.backward()?;
-            let mut slope = Vec::with_capacity(vars.len());
-            for var in &vars {
-                let g = match grads.get(var) {
-                    Some(g) => f64::from(g.flatten_all()?.to_vec1::<f32>()?[0]),
-                    None => 0.0,
-                };
-                slope.push(g);
+            let mut slope = Vec::new();
+            if gradients {
+                let grads = y.backward()?;
+                for var in &vars {
+                    slope.push(match grads.get(var) {
+                        Some(g) => f64::from(g.flatten_all()?.to_vec1::<f32>()?[0]),
+                        None => 0.0,
+                    });
+                }
             }
             Ok((value.max(0.0), slope))
         };
-        let loss = measure(self.safety.cross_entropy(self.model, &attachments)?, "safety")?;
-        let task = measure(self.task.batch.kl(self.model, &attachments, &self.task.reference)?, "task")?;
+        let model = self.target.model;
+        let loss = measure(self.safety.cross_entropy(model, &attachments)?, "safety")?;
+        let task = measure(self.task.batch.kl(model, &attachments, &self.task.reference)?, "task")?;
         let benign = match &self.benign {
-            Some(set) => measure(set.batch.kl(self.model, &attachments, &set.reference)?, "benign")?,
-            None => (0.0, vec![0.0; vars.len()]),
+            Some(set) => measure(set.batch.kl(model, &attachments, &set.reference)?, "benign")?,
+            None => (0.0, vec![0.0; if gradients { vars.len() } else { 0 }]),
         };
         Ok(Values { loss, task, benign })
     }
 
-    /// `log L` with its gradient; the floor keeps the logarithm finite for a perfect refusal.
-    fn log_loss(v: &Values) -> (f64, Vec<f64>) {
-        let l = v.loss.0.max(1e-9);
-        (l.ln(), v.loss.1.iter().map(|g| g / l).collect())
+    /// Solves one of the two problems from `start`; returns the best point, its values, and the evaluations used.
+    fn solve(
+        &self,
+        start: &[f64],
+        settings: &Settings,
+        solver: Solver,
+        state: &dyn Fn(&Values, &[f64]) -> Point,
+    ) -> Result<(Point, Values, usize), CalibrationError> {
+        let at = |x: &[f64]| self.values(x, solver == Solver::Gradients);
+        let (best, used) = match solver {
+            Solver::Gradients => {
+                let first = state(&at(start)?, start);
+                let (best, used) = sqp::minimise(first, settings, |x| at(x).map(|v| state(&v, x)))?;
+                (best, used + 1)
+            }
+            Solver::ForwardOnly => self.forward_only(start, settings, state)?,
+        };
+        let values = self.values(&best.x, false)?;
+        Ok((best, values, used))
+    }
+
+    /// COBYLA over values; the best point is the solver's last or the best feasible one that it saw.
+    fn forward_only(
+        &self,
+        start: &[f64],
+        settings: &Settings,
+        state: &dyn Fn(&Values, &[f64]) -> Point,
+    ) -> Result<(Point, usize), CalibrationError> {
+        struct Seen {
+            last: Option<Point>,
+            best: Option<Point>,
+            used: usize,
+            failed: Option<CalibrationError>,
+        }
+        let seen = RefCell::new(Seen { last: None, best: None, used: 0, failed: None });
+        let at = |x: &[f64]| -> Option<Point> {
+            let x: Vec<f64> = x.iter().map(|x| x.clamp(settings.low, settings.high)).collect();
+            if let Some(p) = seen.borrow().last.as_ref().filter(|p| p.x == x) {
+                return Some(p.clone());
+            }
+            let point = self.values(&x, false).map(|v| state(&v, &x));
+            let mut seen = seen.borrow_mut();
+            match point {
+                Ok(p) => {
+                    seen.used += 1;
+                    if seen.best.as_ref().is_none_or(|b| sqp::better(&p, b, settings.feasible)) {
+                        seen.best = Some(p.clone());
+                    }
+                    seen.last = Some(p.clone());
+                    Some(p)
+                }
+                Err(e) => {
+                    seen.failed.get_or_insert(e);
+                    None
+                }
+            }
+        };
+        let constraints = at(start).map_or(0, |p| p.h.len());
+        // After an error every value is flat, so that the solver ends soon.
+        let objective = |x: &[f64], _: &mut ()| at(x).map_or(0.0, |p| p.f);
+        let at = &at;
+        let bound = |j: usize| move |x: &[f64], _: &mut ()| at(x).map_or(0.0, |p| -p.h[j]);
+        let bounds: Vec<_> = (0..constraints).map(bound).collect();
+        let bounds: Vec<&dyn cobyla::Func<()>> = bounds.iter().map(|b| b as &dyn cobyla::Func<()>).collect();
+        let border = vec![(settings.low, settings.high); start.len()];
+        let stop = cobyla::StopTols { ftol_rel: settings.progress, ..Default::default() };
+        let size = cobyla::RhoBeg::All(settings.radius.min(0.5 * (settings.high - settings.low)));
+        // What it says of its end does not matter: the best point seen counts.
+        let evaluations = 10 * settings.evaluations_max;
+        let _ = cobyla::minimize(objective, start, &border, &bounds, (), evaluations, size, Some(stop));
+        let seen = seen.into_inner();
+        match (seen.failed, seen.best) {
+            (Some(e), _) => Err(e),
+            (None, Some(best)) => Ok((best, seen.used)),
+            (None, None) => Err(CalibrationError::NoLayer),
+        }
+    }
+
+    /// The second problem, ended by scaling back to the limit.
+    fn least_loss(
+        &self,
+        start: &[f64],
+        limits: &Limits,
+        max_kl: f64,
+    ) -> Result<(Vec<f64>, Values, usize), CalibrationError> {
+        let settings = Settings { radius: 1.0, ..settings(limits) };
+        let state = |v: &Values, x: &[f64]| v.least_loss(x, max_kl);
+        let (best, mut v, mut used) = self.solve(start, &settings, limits.solver, &state)?;
+        let mut c = best.x;
+        if !v.within(max_kl) {
+            let (mut low, mut high) = (0.0, 1.0);
+            let at = |t: f64| -> Vec<f64> { c.iter().map(|x| x * t).collect() };
+            let mut held = (at(0.0), self.values(&at(0.0), false)?);
+            for _ in 0..8 {
+                let mid = 0.5 * (low + high);
+                let point = self.values(&at(mid), false)?;
+                used += 1;
+                if point.within(max_kl) {
+                    low = mid;
+                    held = (at(mid), point);
+                } else {
+                    high = mid;
+                }
+            }
+            (c, v) = held;
+        }
+        Ok((c, v, used))
     }
 }
 
-/// Finds the coefficients of `gene` in `model`.
-pub fn calibrate(
-    model: &Model,
-    gene: &GeneAttachments,
-    shots: &Shots,
-    limits: &Limits,
-    pad: u32,
-) -> Result<Calibration, CalibrationError> {
-    limits.check()?;
-    for (rows, what) in [(&shots.safety, "safety"), (&shots.task, "task")] {
-        if rows.is_empty() {
-            return Err(CalibrationError::NoShots(what));
-        }
-    }
-    let n = gene.layers().len();
-    if n == 0 {
-        return Err(CalibrationError::NoLayer);
-    }
-    let none = Attachments::none();
-    let set = |rows: &[Row]| -> Result<Set, CalibrationError> {
-        let batch = AnswerBatch::new(rows, pad);
-        let reference = batch.reference(model, &none)?;
-        Ok(Set { batch, reference })
-    };
-    let problem = Problem {
-        model,
-        gene,
-        safety: AnswerBatch::new(&shots.safety, pad),
-        task: set(&shots.task)?,
-        benign: if shots.benign.is_empty() { None } else { Some(set(&shots.benign)?) },
-    };
-    let (eps, log_delta) = (limits.max_kl, limits.delta.ln());
-    let settings = Settings {
+fn settings(limits: &Limits) -> Settings {
+    Settings {
         low: 0.0,
         high: limits.c_max,
         radius: 2.0,
         evaluations_max: limits.gradients_max,
         feasible: 0.02,
         progress: 1e-3,
-    };
+    }
+}
 
-    let zero = problem.values(&vec![0.0; n])?;
-    let one = problem.values(&vec![1.0f64.min(limits.c_max); n])?;
-    let mut gradients = 2;
+/// Finds the coefficients of `gene` in `target`.
+pub fn calibrate(
+    target: &Frozen<'_>,
+    gene: &GeneAttachments,
+    shots: &Shots,
+    limits: &Limits,
+    pad: u32,
+) -> Result<Calibration, CalibrationError> {
+    limits.check()?;
+    let problem = Problem::new(target, gene, shots, limits.freedom, pad)?;
+    let (eps, log_delta) = (limits.max_kl, limits.delta.ln());
+    let (zeros, ones) = (vec![0.0; problem.len()], vec![1.0f64.min(limits.c_max); problem.len()]);
+    let (zero, one) = (problem.values(&zeros, false)?, problem.values(&ones, false)?);
     let result = |c: &[f64], v: &Values, goal, gradients| Calibration {
-        coefficients: gene.layers().iter().copied().zip(c.iter().copied()).collect(),
+        coefficients: problem.by_layer(c),
         goal,
         loss_before: zero.loss.0,
         loss_at_one: one.loss.0,
@@ -296,63 +524,71 @@ pub fn calibrate(
         gradients,
     };
     if zero.loss.0 <= limits.delta {
-        return Ok(result(&vec![0.0; n], &zero, Goal::AlreadySafe, gradients));
+        return Ok(result(&zeros, &zero, Goal::AlreadySafe, 0));
     }
-
     // 1. The least KL for the safety asked.
-    let least_kl = |x: &[f64], v: &Values| {
-        let (l, dl) = Problem::log_loss(v);
-        Point {
-            x: x.to_vec(),
-            f: v.task.0 + v.benign.0,
-            df: v.task.1.iter().zip(&v.benign.1).map(|(a, b)| a + b).collect(),
-            h: vec![l - log_delta],
-            dh: vec![dl],
-        }
-    };
-    let start = vec![1.0f64.min(limits.c_max); n];
-    let evaluate = |x: &[f64]| problem.values(x).map(|v| least_kl(x, &v));
-    let (best, used) = sqp::minimise(least_kl(&start, &one), &settings, evaluate)?;
-    gradients += used;
-    let at_best = problem.values(&best.x)?;
-    if best.violation() <= settings.feasible && at_best.task.0 <= eps && at_best.benign.0 <= eps {
-        return Ok(result(&best.x, &at_best, Goal::LeastKl, gradients));
+    let (settings, state) = (settings(limits), |v: &Values, x: &[f64]| v.least_kl(x, log_delta));
+    let (best, at_best, first) = problem.solve(&ones, &settings, limits.solver, &state)?;
+    if best.violation() <= settings.feasible && at_best.within(eps) {
+        return Ok(result(&best.x, &at_best, Goal::LeastKl, first));
     }
-
-    // 2. The least loss under the limit; constraints are in units of ε.
-    let least_loss = |x: &[f64], v: &Values| {
-        let (f, df) = Problem::log_loss(v);
-        let bound =
-            |(value, slope): &(f64, Vec<f64>)| (value / eps - 1.0, slope.iter().map(|g| g / eps).collect());
-        let (h, dh) = [&v.task, &v.benign].into_iter().map(bound).unzip();
-        Point { x: x.to_vec(), f, df, h, dh }
-    };
-    // Start where the limit is about met on the way to the first problem's answer: KL grows with the square.
+    // 2. The least loss under the limit, from where it is about met on the way to the first answer: KL grows with the
+    // square.
     let over = (at_best.task.0.max(at_best.benign.0) / eps).max(1.0).sqrt();
     let start: Vec<f64> = best.x.iter().map(|x| x / over).collect();
-    let first = problem.values(&start)?;
-    let evaluate = |x: &[f64]| problem.values(x).map(|v| least_loss(x, &v));
-    let settings = Settings { radius: 1.0, ..settings };
-    let (best, used) = sqp::minimise(least_loss(&start, &first), &settings, evaluate)?;
-    gradients += used + 1;
-    let mut c = best.x;
-    let mut v = problem.values(&c)?;
-    if v.task.0 > eps || v.benign.0 > eps {
-        let (mut low, mut high) = (0.0, 1.0);
-        let at = |t: f64| -> Vec<f64> { c.iter().map(|x| x * t).collect() };
-        let mut held = (at(0.0), problem.values(&at(0.0))?);
-        for _ in 0..8 {
-            let mid = 0.5 * (low + high);
-            let point = problem.values(&at(mid))?;
-            gradients += 1;
-            if point.task.0 <= eps && point.benign.0 <= eps {
-                low = mid;
-                held = (at(mid), point);
-            } else {
-                high = mid;
-            }
+    let (c, v, second) = problem.least_loss(&start, limits, eps)?;
+    Ok(result(&c, &v, Goal::LeastLoss, first + second))
+}
+
+/// What each layer's coefficient does on the shots: loss and KL without it.
+pub fn layer_effects(
+    target: &Frozen<'_>,
+    gene: &GeneAttachments,
+    shots: &Shots,
+    found: &Calibration,
+    pad: u32,
+) -> Result<Vec<LayerEffect>, CalibrationError> {
+    let problem = Problem::new(target, gene, shots, Freedom::PerLayer, pad)?;
+    let all: Vec<f64> =
+        gene.layers().iter().map(|l| found.coefficients.get(l).copied().unwrap_or(0.0)).collect();
+    let mut out = Vec::new();
+    for (i, &layer) in gene.layers().iter().enumerate() {
+        let (mut loss, mut kl) = (found.loss, found.kl_task + found.kl_benign.unwrap_or(0.0));
+        if all[i] > 0.0 {
+            let mut c = all.clone();
+            c[i] = 0.0;
+            let v = problem.values(&c, false)?;
+            (loss, kl) = (v.loss.0, v.kl());
         }
-        (c, v) = held;
+        out.push(LayerEffect { layer, coefficient: all[i], loss_without: loss, kl_without: kl });
     }
-    Ok(result(&c, &v, Goal::LeastLoss, gradients))
+    Ok(out)
+}
+
+/// The least loss under each limit of `max_kls`, which ascend: each begins where the one before ended.
+pub fn trade_off(
+    target: &Frozen<'_>,
+    gene: &GeneAttachments,
+    shots: &Shots,
+    limits: &Limits,
+    max_kls: &[f64],
+    pad: u32,
+) -> Result<Vec<TradeOff>, CalibrationError> {
+    let problem = Problem::new(target, gene, shots, limits.freedom, pad)?;
+    let mut start = vec![0.5f64.min(limits.c_max); problem.len()];
+    let mut out = Vec::new();
+    for &max_kl in max_kls {
+        Limits { max_kl, ..*limits }.check()?;
+        let (c, v, _) = problem.least_loss(&start, limits, max_kl)?;
+        out.push(TradeOff {
+            max_kl,
+            loss: v.loss.0,
+            kl_task: v.task.0,
+            kl_benign: problem.benign.as_ref().map(|_| v.benign.0),
+        });
+        if c.iter().any(|&c| c > 0.0) {
+            start = c;
+        }
+    }
+    Ok(out)
 }

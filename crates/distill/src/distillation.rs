@@ -18,6 +18,7 @@
 //!
 //! Not here: files, gates on what a drift must be like, choosing rows.
 
+use crate::gene::Frozen;
 use candle_core::{Device, Tensor, Var};
 use rand::RngExt;
 use rand::SeedableRng;
@@ -59,7 +60,9 @@ pub enum DistillError {
         need: &'static str,
     },
     /// The loss is not finite.
-    #[error("the loss of step {step} on `{drift}` is not finite; a smaller rate may help, or its weights are unsound")]
+    #[error(
+        "the loss of step {step} on `{drift}` is not finite; a smaller rate may help, or its weights are unsound"
+    )]
     NotFinite {
         /// The step, from 1.
         step: usize,
@@ -86,15 +89,6 @@ impl From<candle_core::Error> for DistillError {
     fn from(e: candle_core::Error) -> Self {
         Self::Model(e.into())
     }
-}
-
-/// A frozen model with what hangs on it.
-#[derive(Debug, Clone)]
-pub struct Frozen<'a> {
-    /// The weights, which several may share.
-    pub model: &'a Model,
-    /// What makes this one differ from them.
-    pub own: Attachments,
 }
 
 /// A degraded model that looks like a target.
@@ -217,7 +211,12 @@ impl Parts {
     fn mean(all: &[Parts]) -> Parts {
         let n = all.len().max(1) as f64;
         let sum = |f: fn(&Parts) -> f64| all.iter().map(f).sum::<f64>() / n;
-        Parts { safety: sum(|p| p.safety), keep: sum(|p| p.keep), margin: sum(|p| p.margin), hidden: sum(|p| p.hidden) }
+        Parts {
+            safety: sum(|p| p.safety),
+            keep: sum(|p| p.keep),
+            margin: sum(|p| p.margin),
+            hidden: sum(|p| p.hidden),
+        }
     }
 }
 
@@ -252,7 +251,11 @@ pub trait Watch {
     /// `step` of `steps` is done, on drift `drift`.
     fn step(&mut self, step: usize, steps: usize, drift: &str, parts: &Parts);
     /// The state after a step, if the caller wants it; `true` ends the run with [`DistillError::Stopped`].
-    fn state(&mut self, step: usize, state: &dyn Fn() -> Result<State, DistillError>) -> Result<bool, DistillError>;
+    fn state(
+        &mut self,
+        step: usize,
+        state: &dyn Fn() -> Result<State, DistillError>,
+    ) -> Result<bool, DistillError>;
 }
 
 /// Nobody listens.
@@ -370,7 +373,8 @@ impl Run<'_> {
         let logits = self.teacher.model.logits(&hidden, batch.predictors())?.detach();
         let wanted = log_probabilities(&(logits / s.tau)?)?;
         let parts = Cell::new(Parts::default());
-        let number = |t: &Tensor| -> Result<f64, ModelError> { Ok(f64::from(t.sum_all()?.to_scalar::<f32>()?)) };
+        let number =
+            |t: &Tensor| -> Result<f64, ModelError> { Ok(f64::from(t.sum_all()?.to_scalar::<f32>()?)) };
         let loss = |logits: &Tensor| -> Result<Tensor, ModelError> {
             let kl = (batch.kl_of(&(logits / s.tau)?, &wanted)? * (s.tau * s.tau))?;
             let odds = ops::log_odds(&batch.first_logits(logits)?, &self.refusal)?;
@@ -382,7 +386,8 @@ impl Run<'_> {
             loss(&batch.logits(drift.frozen.model, student)?)?;
             return Ok((parts.get(), Vec::new()));
         }
-        let outputs = taps.map(|t| t.inputs.iter().zip(&t.outputs).map(|(i, o)| i + o).collect::<Result<Vec<_>, _>>());
+        let outputs =
+            taps.map(|t| t.inputs.iter().zip(&t.outputs).map(|(i, o)| i + o).collect::<Result<Vec<_>, _>>());
         let outputs = outputs.transpose()?;
         let distance = |layer: usize, y: &Tensor| -> Result<Tensor, ModelError> {
             let wanted = &outputs.as_ref().map(|o| o[layer].detach()).unwrap_or(y.detach());
@@ -417,12 +422,16 @@ impl Run<'_> {
     }
 
     /// Mean over drifts of the parts on held-out rows.
-    fn held_out(&self, drifts: &[Drift<'_>], rows: CommonRows<'_>, gene: &Attachments) -> Result<Parts, DistillError> {
+    fn held_out(
+        &self,
+        drifts: &[Drift<'_>],
+        rows: CommonRows<'_>,
+        gene: &Attachments,
+    ) -> Result<Parts, DistillError> {
         let gene = gene.detached();
         let mut all = Vec::new();
         for drift in drifts {
-            let mut student = drift.frozen.own.clone();
-            student.extend(&gene);
+            let student = drift.frozen.with(&gene);
             let (mut parts, _) = self.safety(drift, rows.safety, &student, &[])?;
             let kept: Vec<Row> = drift.task.iter().chain(rows.benign).cloned().collect();
             parts.keep = self.keep(drift, &kept, &student, &[])?.0;
@@ -477,7 +486,9 @@ pub fn distill(
     let mut optimiser = Optimiser::new(vars.clone(), AdamW::default());
     let (first, start) = match state {
         Some(state) => {
-            optimiser.restore(&state.moments).map_err(|(need, found)| DistillError::OtherState { need, found })??;
+            optimiser
+                .restore(&state.moments)
+                .map_err(|(need, found)| DistillError::OtherState { need, found })??;
             (state.step, state.start)
         }
         None => (0, run.held_out(held_out.0, held_out.1, &trained.attachments)?),
@@ -494,8 +505,7 @@ pub fn distill(
                 pick(if own { &drift.task } else { rows.benign }, &mut rng)
             })
             .collect();
-        let mut student = drift.frozen.own.clone();
-        student.extend(&trained.attachments);
+        let student = drift.frozen.with(&trained.attachments);
         let (a, b) = rayon::join(
             || run.safety(drift, &safety, &student, &vars),
             || run.keep(drift, &keep, &student, &vars),

@@ -2,7 +2,30 @@
 
 use candle_core::{Device, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
-use transformer::{Attachment, Attachments, ModelError, ModuleKind, VectorKind};
+use transformer::{Attachment, Attachments, Model, ModelError, ModuleKind, VectorKind};
+
+/// A frozen model with what hangs on it: an adapter over weights that others share, or nothing.
+#[derive(Debug, Clone)]
+pub struct Frozen<'a> {
+    /// The weights.
+    pub model: &'a Model,
+    /// What makes this one differ from them.
+    pub own: Attachments,
+}
+
+impl<'a> Frozen<'a> {
+    /// The model as it is.
+    pub fn new(model: &'a Model) -> Self {
+        Self { model, own: Attachments::none() }
+    }
+
+    /// What it has, and `more`.
+    pub fn with(&self, more: &Attachments) -> Attachments {
+        let mut out = self.own.clone();
+        out.extend(more);
+        out
+    }
+}
 
 /// A gene's factors as tensors, layer by layer, ready to be attached with any coefficients.
 #[derive(Debug, Clone, Default)]
@@ -60,6 +83,16 @@ impl GeneAttachments {
     pub fn from_factors(modules: Vec<(usize, ModuleKind, Tensor, Tensor)>) -> Self {
         let layers: BTreeSet<u32> = modules.iter().map(|m| m.0 as u32).collect();
         Self { modules, vectors: Vec::new(), layers: layers.into_iter().collect() }
+    }
+
+    /// The same of these layers only.
+    pub fn only(&self, layers: &[u32]) -> Self {
+        let of = |layer: usize| layers.contains(&(layer as u32));
+        Self {
+            modules: self.modules.iter().filter(|m| of(m.0)).cloned().collect(),
+            vectors: self.vectors.iter().filter(|v| of(v.0)).cloned().collect(),
+            layers: self.layers.iter().copied().filter(|l| layers.contains(l)).collect(),
+        }
     }
 
     /// Layers that have a coefficient, ascending.

@@ -13,5 +13,8 @@ pub mod distillation;
 pub mod gene;
 pub mod sqp;
 
-pub use calibrate::{Calibration, CalibrationError, Goal, Limits, Shots, calibrate, check_safety_shots};
-pub use gene::GeneAttachments;
+pub use calibrate::{
+    Calibration, CalibrationError, Freedom, Goal, LayerEffect, Limits, Shots, Solver, TradeOff, calibrate,
+    check_safety_shots, layer_effects, trade_off,
+};
+pub use gene::{Frozen, GeneAttachments};

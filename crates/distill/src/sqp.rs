@@ -108,7 +108,7 @@ pub fn minimise<E>(
 }
 
 /// Feasible beats infeasible; then the smaller objective or the smaller violation wins.
-fn better(a: &Point, b: &Point, feasible: f64) -> bool {
+pub(crate) fn better(a: &Point, b: &Point, feasible: f64) -> bool {
     let (va, vb) = (a.violation(), b.violation());
     match (va <= feasible, vb <= feasible) {
         (true, true) => a.f < b.f,

@@ -2,7 +2,8 @@
 
 use candle_core::{Device, Tensor};
 use distill::{
-    Calibration, CalibrationError, GeneAttachments, Goal, Limits, Shots, calibrate, check_safety_shots,
+    Calibration, CalibrationError, Frozen, GeneAttachments, Goal, Limits, Shots, calibrate,
+    check_safety_shots,
 };
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -146,7 +147,7 @@ fn least_kl_for_the_safety_asked_beats_every_point_of_a_grid() {
     let (before, at_one) = (meter.at([0.0; 3]).0, meter.at([1.0; 3]).0);
     let delta = 0.5 * (before + at_one);
     let limits = Limits { max_kl: 10.0, c_max: 4.0, delta, ..Limits::default() };
-    let found = calibrate(&model, &gene, &shots, &limits, 0).unwrap();
+    let found = calibrate(&Frozen::new(&model), &gene, &shots, &limits, 0).unwrap();
     let (loss, task, benign) = check_report(&found, &meter, &limits);
     assert_eq!(found.goal, Goal::LeastKl);
     assert!(found.gradients <= limits.gradients_max + 2, "{}", found.gradients);
@@ -170,7 +171,7 @@ fn least_loss_under_the_limit_beats_every_point_of_a_grid() {
     let (_, task_one, benign_one) = meter.at([1.0; 3]);
     let limits =
         Limits { max_kl: 0.5 * task_one.min(benign_one), c_max: 4.0, delta: 1e-4, ..Limits::default() };
-    let found = calibrate(&model, &gene, &shots, &limits, 0).unwrap();
+    let found = calibrate(&Frozen::new(&model), &gene, &shots, &limits, 0).unwrap();
     let (loss, task, benign) = check_report(&found, &meter, &limits);
     assert_eq!(found.goal, Goal::LeastLoss);
     assert!(
@@ -193,8 +194,8 @@ fn without_benign_shots_only_the_task_is_bounded() {
     let with = shots(&model, &gene);
     let without = Shots { benign: Vec::new(), ..with.clone() };
     let limits = Limits { max_kl: 0.005, c_max: 4.0, delta: 1e-4, ..Limits::default() };
-    let free = calibrate(&model, &gene, &without, &limits, 0).unwrap();
-    let bound = calibrate(&model, &gene, &with, &limits, 0).unwrap();
+    let free = calibrate(&Frozen::new(&model), &gene, &without, &limits, 0).unwrap();
+    let bound = calibrate(&Frozen::new(&model), &gene, &with, &limits, 0).unwrap();
     assert_eq!(free.kl_benign, None);
     assert!(free.loss <= bound.loss, "a limit less cannot cost safety: {} {}", free.loss, bound.loss);
 }
@@ -206,7 +207,7 @@ fn safe_target_gets_nothing() {
     shots.safety = shots.benign.clone();
     let before = Meter::new(&model, &gene, &shots).at([0.0; 3]).0;
     let limits = Limits { delta: before * 1.01, ..Limits::default() };
-    let found = calibrate(&model, &gene, &shots, &limits, 0).unwrap();
+    let found = calibrate(&Frozen::new(&model), &gene, &shots, &limits, 0).unwrap();
     assert_eq!(found.goal, Goal::AlreadySafe);
     assert!(found.coefficients.values().all(|&c| c == 0.0));
     assert_eq!(found.loss, found.loss_before);
@@ -218,9 +219,9 @@ fn swapped_inputs_are_noticed_and_not_subtracted() {
     let model = model();
     let shots = shots(&model, &gene(1.0));
     let limits = Limits { c_max: 4.0, ..Limits::default() };
-    let right = calibrate(&model, &gene(1.0), &shots, &limits, 0).unwrap();
+    let right = calibrate(&Frozen::new(&model), &gene(1.0), &shots, &limits, 0).unwrap();
     assert!(!right.raises_safety_loss());
-    let swapped = calibrate(&model, &gene(-1.0), &shots, &limits, 0).unwrap();
+    let swapped = calibrate(&Frozen::new(&model), &gene(-1.0), &shots, &limits, 0).unwrap();
     assert!(swapped.raises_safety_loss(), "{swapped:?}");
     assert!(swapped.coefficients.values().all(|&c| c >= 0.0));
 }
@@ -230,7 +231,8 @@ fn same_shots_give_the_same_coefficients() {
     let (model, gene) = (model(), gene(1.0));
     let shots = shots(&model, &gene);
     let limits = Limits { c_max: 4.0, ..Limits::default() };
-    let [a, b] = [0, 1].map(|_| calibrate(&model, &gene, &shots, &limits, 0).unwrap().coefficients);
+    let [a, b] =
+        [0, 1].map(|_| calibrate(&Frozen::new(&model), &gene, &shots, &limits, 0).unwrap().coefficients);
     assert_eq!(a, b);
 }
 
@@ -238,7 +240,9 @@ fn same_shots_give_the_same_coefficients() {
 fn missing_shots_and_senseless_limits_are_refused() {
     let (model, gene) = (model(), gene(1.0));
     let good = shots(&model, &gene);
-    let run = |shots: &Shots, limits: Limits| calibrate(&model, &gene, shots, &limits, 0).unwrap_err();
+    let run = |shots: &Shots, limits: Limits| {
+        calibrate(&Frozen::new(&model), &gene, shots, &limits, 0).unwrap_err()
+    };
     let no_safety = Shots { safety: Vec::new(), ..good.clone() };
     assert!(matches!(run(&no_safety, Limits::default()), CalibrationError::NoShots("safety")));
     let no_task = Shots { task: Vec::new(), ..good.clone() };
@@ -252,7 +256,7 @@ fn missing_shots_and_senseless_limits_are_refused() {
         assert!(matches!(run(&good, limits), CalibrationError::Limit { .. }), "{limits:?}");
     }
     let empty = GeneAttachments::from_factors(Vec::new());
-    let error = calibrate(&model, &empty, &good, &Limits::default(), 0).unwrap_err();
+    let error = calibrate(&Frozen::new(&model), &empty, &good, &Limits::default(), 0).unwrap_err();
     assert!(matches!(error, CalibrationError::NoLayer));
 }
 
