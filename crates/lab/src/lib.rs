@@ -13,7 +13,9 @@
 //! | `train.rs` | how is a base, an aligned model or a LoRA trained? |
 //! | `measure.rs` | how safe and useful is a model while it is built? |
 //! | `folders.rs` | how does a model, an adapter, a tokenizer become files? |
-//! | `build.rs` | in which order is a family built, and what must hold of it? |
+//! | `family.rs` | how do the base and the aligned model come about? |
+//! | `tune.rs` | which fine-tunes are there, and when are they done? |
+//! | `build.rs` | how is a family's folder built, and what must hold of it? |
 //!
 //! Everything is a function of the family's name and seed: the same seed gives the same files on one kind of CPU,
 //! whatever the thread count.
@@ -25,13 +27,17 @@
 
 pub mod build;
 pub mod error;
+pub mod family;
 pub mod folders;
 pub mod language;
 pub mod measure;
 pub mod splits;
 pub mod tasks;
 pub mod train;
+pub mod tune;
 
 pub use build::{BuildReport, Progress, build};
 pub use error::LabError;
+pub use family::Family;
 pub use language::Language;
+pub use tune::{Kind, Tune, Tuned, Tuner};

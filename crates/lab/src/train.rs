@@ -9,6 +9,8 @@ use candle_core::{Device, Tensor, Var};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use transformer::optimise::{AdamW, Optimiser};
 use transformer::{
     AnswerBatch, Architecture, Attachment, Attachments, Model, ModelError, ModuleKind, Row, WeightSource,
@@ -96,7 +98,41 @@ pub fn single_thread() -> Result<rayon::ThreadPool, LabError> {
     rayon::ThreadPoolBuilder::new().num_threads(1).build().map_err(|e| LabError::Thread(e.to_string()))
 }
 
-/// Trains all weights on rows from `next`; starts from `start`, or from random weights of `seed`.
+/// Calls `work` for `0..n`, `threads` at a time, each call on a thread that has a pool of one for itself, so that nothing
+/// depends on the number of cores. The first error wins.
+pub fn each(
+    n: usize,
+    threads: usize,
+    work: &(dyn Fn(usize) -> Result<(), LabError> + Sync),
+) -> Result<(), LabError> {
+    let next = AtomicUsize::new(0);
+    let failed: Mutex<Option<LabError>> = Mutex::new(None);
+    let stop = || failed.lock().map_or(true, |f| f.is_some());
+    std::thread::scope(|s| {
+        for _ in 0..threads.max(1) {
+            s.spawn(|| {
+                loop {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    if i >= n || stop() {
+                        return;
+                    }
+                    let result = single_thread().and_then(|pool| pool.install(|| work(i)));
+                    if let (Err(e), Ok(mut slot)) = (result, failed.lock()) {
+                        slot.get_or_insert(e);
+                    }
+                }
+            });
+        }
+    });
+    match failed.into_inner() {
+        Ok(None) => Ok(()),
+        Ok(Some(e)) => Err(e),
+        Err(_) => Err(LabError::Thread("work".into())),
+    }
+}
+
+/// Trains all weights on rows from `next`; starts from `start`, or from random weights of `seed`. `stop` is asked after each
+/// step and may end the training early.
 pub fn whole(
     architecture: &Architecture,
     start: Option<&Weights>,
@@ -104,7 +140,7 @@ pub fn whole(
     schedule: Schedule,
     pad: u32,
     next: &mut dyn FnMut() -> Result<Row, LabError>,
-    report: &dyn Fn(usize, f32),
+    stop: &mut dyn FnMut(usize, f32, &Model) -> Result<bool, LabError>,
 ) -> Result<Weights, LabError> {
     let random = Random { architecture, seed };
     let source: &dyn WeightSource = match start {
@@ -139,7 +175,9 @@ pub fn whole(
             }
         }
         optimiser.step(grads, schedule.rate_at(step))?;
-        report(step + 1, (loss_a + loss_b) * 0.5);
+        if stop(step + 1, (loss_a + loss_b) * 0.5, &model)? {
+            break;
+        }
     }
     let mut out = Weights::default();
     for (name, var) in model.variables() {

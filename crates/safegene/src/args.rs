@@ -509,9 +509,9 @@ pub(crate) struct LabBuild {
     /// Folder to write.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
-    /// Start from this aligned model of the same family and seed instead of training one.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) aligned: Option<PathBuf>,
+    /// Only the base, the aligned model and the data: what all fine-tunes of a family begin from.
+    #[arg(long)]
+    pub(crate) roots_only: bool,
 }
 
 #[derive(Debug, Group)]

@@ -6,7 +6,7 @@ use crate::commands::{check_folder_of, openings};
 use crate::fail::{Code, Failure};
 use crate::ui::Ui;
 use checkpoint::Checkpoint;
-use distill::{Calibration, GeneAttachments, Goal, Limits, Shots, check_safety_shots};
+use distill::{Calibration, Frozen, GeneAttachments, Goal, Limits, Shots, check_safety_shots};
 use evaluate::{DataRow, Fields, read_rows};
 use gene::{Expression, Gene};
 use std::path::Path;
@@ -115,7 +115,7 @@ pub(super) fn run(job: &Calibrate, ui: &Ui) -> Result<(), Failure> {
     ));
     let model = Model::open(&target)?;
     let attachments = GeneAttachments::new(&gene)?;
-    let found = distill::calibrate(&model, &attachments, &shots, &limits, chat.end())?;
+    let found = distill::calibrate(&Frozen::new(&model), &attachments, &shots, &limits, chat.end())?;
     if found.raises_safety_loss() {
         ui.warn(SWAPPED);
     }

@@ -10,7 +10,7 @@ use crate::commands::{evaluate::chat_of, percent};
 use crate::fail::{Code, Failure};
 use crate::ui::{Ui, Work};
 use checkpoint::Checkpoint;
-use distill::{Calibration, GeneAttachments, Goal, Limits};
+use distill::{Calibration, Frozen, GeneAttachments, Goal, Limits};
 use evaluate::{DataRow, Evaluation, Fields, Matching, Rate, Sets, read_rows};
 use gene::Gene;
 use serde::Serialize;
@@ -184,7 +184,7 @@ impl Lab<'_> {
         work.advance(1, name);
 
         let start = Instant::now();
-        let found = distill::calibrate(&model, &attachments, &shots, &self.limits, chat.end())?;
+        let found = distill::calibrate(&Frozen::new(&model), &attachments, &shots, &self.limits, chat.end())?;
         let calibrate_s = start.elapsed().as_secs_f64();
         if found.raises_safety_loss() {
             ui.warn(&format!("{name}: {SWAPPED}"));

@@ -15,6 +15,12 @@ struct Bars<'a> {
     start: Instant,
 }
 
+impl std::fmt::Debug for Bars<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Bars").finish_non_exhaustive()
+    }
+}
+
 impl lab::Progress for Bars<'_> {
     fn step(&self, job: &str, _done: usize, total: usize, note: &str) {
         if let Ok(mut work) = self.work.lock() {
@@ -53,7 +59,7 @@ pub(super) fn run(job: &LabBuild, threads: usize, ui: &Ui) -> Result<(), Failure
         family: job.family.clone(),
         seed: job.seed,
         out: job.out.clone(),
-        aligned: job.aligned.clone(),
+        roots_only: job.roots_only,
         threads,
     };
     let bars = Bars { ui, work: Mutex::new(BTreeMap::new()), start: Instant::now() };
