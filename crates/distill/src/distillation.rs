@@ -289,7 +289,8 @@ pub fn fresh_factors(model: &Model, rank: usize, seed: u64) -> Vec<ModuleFactors
     };
     let mut out = Vec::new();
     for layer in 0..model.architecture().layers {
-        for (kind, rows, cols) in model.architecture().modules() {
+        for module in model.architecture().modules() {
+            let (kind, rows, cols) = (module.kind, module.out, module.into);
             let rank = rank.min(rows).min(cols);
             let std = 1.0 / (cols as f32).sqrt();
             let a = (0..rank * cols).map(|_| normal(&mut rng) * std).collect();

@@ -13,7 +13,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use transformer::optimise::{AdamW, Optimiser};
 use transformer::{
-    AnswerBatch, Architecture, Attachment, Attachments, Model, ModelError, ModuleKind, Row, WeightSource,
+    AnswerBatch, Architecture, Attachment, Attachments, LinearShape, Model, ModelError, ModuleKind, Row,
+    WeightSource,
 };
 
 /// Named f32 weights held in memory: a tiny model between two stages.
@@ -45,27 +46,17 @@ struct Random<'a> {
 impl WeightSource for Random<'_> {
     fn read(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), ModelError> {
         let a = self.architecture;
-        let (h, q, kv) = (a.hidden, a.heads * a.head_dim, a.kv_heads * a.head_dim);
-        let module = name.rsplit('.').nth(1).unwrap_or("");
-        let bias = name.ends_with(".bias");
-        let shape = match module {
-            "embed_tokens" | "lm_head" => vec![a.vocab, h],
-            "q_proj" => vec![q, h],
-            "k_proj" | "v_proj" => vec![kv, h],
-            "o_proj" => vec![h, q],
-            "gate_proj" | "up_proj" => vec![a.ffn, h],
-            "down_proj" => vec![h, a.ffn],
-            _ => vec![h],
-        };
-        if bias {
-            return Ok((vec![shape[0]], vec![0.0; shape[0]]));
-        }
-        if shape.len() == 1 {
-            return Ok((shape.clone(), vec![1.0; shape[0]]));
+        let shape = a
+            .shape(name)
+            .ok_or_else(|| ModelError::Config { key: name.into(), problem: "is no weight".into() })?;
+        if let [len] = shape[..] {
+            // Biases do nothing at first, norms keep what they are given.
+            let value = if name.ends_with(".bias") { 0.0 } else { 1.0 };
+            return Ok((shape, vec![value; len]));
         }
         // Residual writes start smaller, so that depth does not raise the variance.
-        let std = match module {
-            "o_proj" | "down_proj" => 0.06 / (2.0 * a.layers as f32).sqrt(),
+        let std = match name.rsplit('.').nth(1) {
+            Some("o_proj" | "down_proj") => 0.06 / (2.0 * a.layers as f32).sqrt(),
             _ => 0.06,
         };
         let mut rng = rng(self.seed, name);
@@ -234,15 +225,7 @@ pub fn lora(
     let mut vars = Vec::new();
     let mut slots = Vec::new();
     for layer in 0..a.layers {
-        for kind in ModuleKind::ALL {
-            let (q, kv) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
-            let (out, inn) = match kind {
-                ModuleKind::Q => (q, a.hidden),
-                ModuleKind::K | ModuleKind::V => (kv, a.hidden),
-                ModuleKind::O => (a.hidden, q),
-                ModuleKind::Gate | ModuleKind::Up => (a.ffn, a.hidden),
-                ModuleKind::Down => (a.hidden, a.ffn),
-            };
+        for LinearShape { kind, out, into: inn, .. } in a.modules() {
             let std = 1.0 / (inn as f32).sqrt();
             let init: Vec<f32> = (0..LORA_RANK * inn).map(|_| normal(&mut rng) * std).collect();
             let va = Var::from_tensor(&Tensor::from_vec(init, (LORA_RANK, inn), &Device::Cpu)?)?;

@@ -1,9 +1,10 @@
 //! Low-rank attachments: what a fine-tune or a gene adds to the linear modules of a model.
 
+use crate::architecture::Architecture;
 use crate::error::ModelError;
 use candle_core::{Device, Tensor};
 
-/// The seven linear modules of a decoder block.
+/// The linear modules that a decoder block can have; [`Architecture::modules`] says which ones a layout has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ModuleKind {
@@ -19,13 +20,16 @@ pub enum ModuleKind {
     Gate,
     /// Up projection.
     Up,
+    /// Gate and up projection in one matrix, gate first.
+    GateUp,
     /// Down projection.
     Down,
 }
 
 impl ModuleKind {
     /// All of them, in the order of the forward pass.
-    pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+    pub const ALL: [Self; 8] =
+        [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::GateUp, Self::Down];
 
     /// Path inside the block, as in checkpoints.
     pub fn path(self) -> &'static str {
@@ -36,6 +40,7 @@ impl ModuleKind {
             Self::O => "self_attn.o_proj",
             Self::Gate => "mlp.gate_proj",
             Self::Up => "mlp.up_proj",
+            Self::GateUp => "mlp.gate_up_proj",
             Self::Down => "mlp.down_proj",
         }
     }
@@ -65,29 +70,62 @@ pub struct Attachment {
     pub scale: Tensor,
 }
 
-/// The 1-D weights of a decoder block.
+/// The 1-D weights that a decoder block can have; [`Architecture::vectors`] says which ones a layout has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum VectorKind {
     /// RMS norm before attention.
     AttentionNorm,
     /// RMS norm before the feed-forward block.
     MlpNorm,
+    /// RMS norm of each query head.
+    QNorm,
+    /// RMS norm of each key head.
+    KNorm,
+    /// RMS norm of what attention puts out.
+    PostAttentionNorm,
+    /// RMS norm of what the feed-forward block puts out.
+    PostMlpNorm,
     /// Bias of a linear module.
     Bias(ModuleKind),
 }
 
 impl VectorKind {
-    /// Layer and kind of a tensor name, e.g. `model.layers.3.self_attn.q_proj.bias`.
+    /// All norms.
+    const NORMS: [Self; 6] = [
+        Self::AttentionNorm,
+        Self::MlpNorm,
+        Self::QNorm,
+        Self::KNorm,
+        Self::PostAttentionNorm,
+        Self::PostMlpNorm,
+    ];
+
+    /// Path inside the block, as in checkpoints.
+    fn path(self) -> String {
+        match self {
+            Self::AttentionNorm => "input_layernorm.weight".into(),
+            // A name from before there was a norm behind attention.
+            Self::MlpNorm => "post_attention_layernorm.weight".into(),
+            Self::QNorm => "self_attn.q_norm.weight".into(),
+            Self::KNorm => "self_attn.k_norm.weight".into(),
+            Self::PostAttentionNorm => "post_self_attn_layernorm.weight".into(),
+            Self::PostMlpNorm => "post_mlp_layernorm.weight".into(),
+            Self::Bias(kind) => format!("{}.bias", kind.path()),
+        }
+    }
+
+    /// Full tensor name, e.g. `model.layers.3.self_attn.q_proj.bias`.
+    pub fn tensor(self, layer: usize) -> String {
+        format!("model.layers.{layer}.{}", self.path())
+    }
+
+    /// Layer and kind of a tensor name.
     pub fn parse(tensor: &str) -> Option<(usize, Self)> {
         if let Some(module) = tensor.strip_suffix(".bias") {
             return ModuleKind::parse(module).map(|(layer, kind)| (layer, Self::Bias(kind)));
         }
         let (layer, path) = tensor.strip_prefix("model.layers.")?.split_once('.')?;
-        let kind = match path {
-            "input_layernorm.weight" => Self::AttentionNorm,
-            "post_attention_layernorm.weight" => Self::MlpNorm,
-            _ => return None,
-        };
+        let kind = Self::NORMS.into_iter().find(|kind| kind.path() == path)?;
         Some((layer.parse().ok()?, kind))
     }
 }
@@ -95,7 +133,7 @@ impl VectorKind {
 /// Additions to the weights of a model, by layer. Cheap to clone: tensors are shared.
 #[derive(Debug, Clone, Default)]
 pub struct Attachments {
-    layers: Vec<[Vec<Attachment>; 7]>,
+    layers: Vec<[Vec<Attachment>; ModuleKind::ALL.len()]>,
     vectors: Vec<(usize, VectorKind, Tensor, Tensor)>,
 }
 
@@ -181,6 +219,32 @@ impl Attachments {
             }
         }
         self.vectors.extend(other.vectors.iter().cloned());
+    }
+
+    /// Refuses what is attached to a place that a decoder does not have: it would have no effect.
+    pub fn check(&self, architecture: &Architecture) -> Result<(), ModelError> {
+        let refuse = |place: String| {
+            Err(ModelError::Unsupported {
+                model_type: architecture.model_type.clone(),
+                reason: format!("an addition to `{place}`, which this model does not have"),
+            })
+        };
+        let modules = architecture.modules();
+        for (layer, lists) in self.layers.iter().enumerate() {
+            for (kind, list) in ModuleKind::ALL.into_iter().zip(lists) {
+                let known = layer < architecture.layers && modules.iter().any(|m| m.kind == kind);
+                if !known && !list.is_empty() {
+                    return refuse(kind.module(layer));
+                }
+            }
+        }
+        let vectors = architecture.vectors();
+        for (layer, kind, ..) in &self.vectors {
+            if *layer >= architecture.layers || !vectors.iter().any(|v| v.0 == *kind) {
+                return refuse(kind.tensor(*layer));
+            }
+        }
+        Ok(())
     }
 
     /// What is attached to one module.

@@ -64,7 +64,8 @@ impl ModelError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Unsupported { .. } => {
-                Some("supported layouts are `llama` and `qwen2`; extract and fuse work on any layout".into())
+                let layouts = crate::architecture::LAYOUTS.join("`, `");
+                Some(format!("supported layouts are `{layouts}`; extract and fuse work on any layout"))
             }
             Self::Chat { .. } => {
                 Some("the model folder must hold tokenizer.json and a chat template (chat_template.jinja or tokenizer_config.json)".into())

@@ -1,4 +1,4 @@
-//! One decoder for the Llama and Qwen2 layouts, with low-rank attachments.
+//! One decoder for the layouts of Llama, Mistral, Qwen2, Qwen3, GLM and GLM-4, with low-rank attachments.
 //!
 //! A [`Model`] holds frozen (or trainable) weights in f32; what a fine-tune or a gene adds stands apart in
 //! [`Attachments`] and is passed to each forward pass, so that one copy of the weights serves many
@@ -22,7 +22,7 @@ pub mod optimise;
 pub mod recompute;
 pub mod refusal;
 
-pub use architecture::Architecture;
+pub use architecture::{Architecture, LinearShape};
 pub use attach::{Attachment, Attachments, ModuleKind, VectorKind};
 pub use chat::Chat;
 pub use error::ModelError;

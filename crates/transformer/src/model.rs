@@ -1,5 +1,6 @@
 //! The decoder: embedding, blocks (RMS norm, attention with RoPE, SwiGLU), final norm, head.
 //!
+//! What layouts differ in are switches of [`Architecture`]; there is one forward pass.
 //! Activations are f32, `[rows * tokens, width]`. Weights are frozen unless the model was built with
 //! [`Model::trainable`].
 
@@ -75,9 +76,18 @@ struct Linear {
 
 #[derive(Debug, Clone)]
 struct Block {
-    linears: [Linear; 7],
-    attention_norm: Tensor,
-    mlp_norm: Tensor,
+    /// By [`ModuleKind`]; `None` where the layout has no such module.
+    linears: [Option<Linear>; ModuleKind::ALL.len()],
+    norms: Vec<(VectorKind, Tensor)>,
+}
+
+impl Block {
+    fn linear(&self, kind: ModuleKind) -> candle_core::Result<&Linear> {
+        match &self.linears[kind as usize] {
+            Some(linear) => Ok(linear),
+            None => candle_core::bail!("this decoder has no `{}`", kind.path()),
+        }
+    }
 }
 
 /// What each block adds to the residual stream: its own output, `[rows * tokens, hidden]`, by layer.
@@ -153,34 +163,24 @@ impl Model {
             variables.push((name, var));
             Ok(t)
         };
-        let (h, q, kv) = (a.hidden, a.heads * a.head_dim, a.kv_heads * a.head_dim);
+        let h = a.hidden;
         let embedding = get("model.embed_tokens.weight".into(), &[a.vocab, h])?;
+        let (modules, norm_shapes) = (a.modules(), a.norms());
         let mut blocks = Vec::with_capacity(a.layers);
         for layer in 0..a.layers {
-            let mut linears = Vec::with_capacity(7);
-            for kind in ModuleKind::ALL {
-                let (out, inn, bias) = match kind {
-                    ModuleKind::Q => (q, h, a.qkv_bias),
-                    ModuleKind::K | ModuleKind::V => (kv, h, a.qkv_bias),
-                    ModuleKind::O => (h, q, a.o_bias),
-                    ModuleKind::Gate | ModuleKind::Up => (a.ffn, h, a.mlp_bias),
-                    ModuleKind::Down => (h, a.ffn, a.mlp_bias),
-                };
-                let module = kind.module(layer);
-                let w = get(format!("{module}.weight"), &[out, inn])?;
-                let bias = if bias { Some(get(format!("{module}.bias"), &[out])?) } else { None };
-                linears.push(Linear { w, bias });
+            let mut linears: [Option<Linear>; ModuleKind::ALL.len()] = Default::default();
+            for m in &modules {
+                let w = get(format!("{}.weight", m.kind.module(layer)), &[m.out, m.into])?;
+                let bias = VectorKind::Bias(m.kind).tensor(layer);
+                let bias = if m.bias { Some(get(bias, &[m.out])?) } else { None };
+                linears[m.kind as usize] = Some(Linear { w, bias });
             }
-            let attention_norm = get(format!("model.layers.{layer}.input_layernorm.weight"), &[h])?;
-            let mlp_norm = get(format!("model.layers.{layer}.post_attention_layernorm.weight"), &[h])?;
-            let linears: [Linear; 7] = linears
-                .try_into()
-                .map_err(|_| ModelError::Config { key: "layers".into(), problem: "lost a module".into() })?;
-            blocks.push(Block { linears, attention_norm, mlp_norm });
+            let norms = norm_shapes.iter().map(|&(kind, len)| Ok((kind, get(kind.tensor(layer), &[len])?)));
+            blocks.push(Block { linears, norms: norms.collect::<Result<_, ModelError>>()? });
         }
         let norm = get("model.norm.weight".into(), &[h])?;
         let head = if a.tied { None } else { Some(get("lm_head.weight".into(), &[a.vocab, h])?) };
-        let rope = RopeTable::new(&a.rope_frequencies(), POSITIONS);
+        let rope = RopeTable::new(&a.rope_frequencies(), POSITIONS, a.rope_form);
         Ok(Self {
             architecture: a,
             embedding,
@@ -213,7 +213,7 @@ impl Model {
         kind: ModuleKind,
         attachments: &Attachments,
     ) -> candle_core::Result<Tensor> {
-        let linear = &self.blocks[layer].linears[kind as usize];
+        let linear = self.blocks[layer].linear(kind)?;
         let mut y = self.product(x, &linear.w)?;
         if let Some(bias) = &linear.bias {
             y = y.broadcast_add(&attachments.vector(layer, VectorKind::Bias(kind), bias)?)?;
@@ -229,6 +229,20 @@ impl Model {
         Ok(y)
     }
 
+    /// `x` through one RMS norm of a block; as it is, if the layout has none there.
+    fn normed(
+        &self,
+        x: &Tensor,
+        layer: usize,
+        kind: VectorKind,
+        attachments: &Attachments,
+    ) -> candle_core::Result<Tensor> {
+        match self.blocks[layer].norms.iter().find(|norm| norm.0 == kind) {
+            Some((_, w)) => ops::rms_norm(x, &attachments.vector(layer, kind, w)?, self.architecture.rms_eps),
+            None => Ok(x.clone()),
+        }
+    }
+
     /// Hidden states after the final norm, `[rows * tokens, hidden]`.
     pub fn hidden(
         &self,
@@ -237,6 +251,7 @@ impl Model {
         mut cache: Option<&mut Cache>,
         mut taps: Option<&mut Taps>,
     ) -> Result<Tensor, ModelError> {
+        attachments.check(&self.architecture)?;
         let place = self.place(batch, cache.as_ref().map_or(0, |c| c.tokens))?;
         let mut x = self.embedded(batch)?;
         for layer in 0..self.blocks.len() {
@@ -250,7 +265,7 @@ impl Model {
         if let Some(cache) = cache {
             cache.tokens += batch.tokens;
         }
-        self.normed(&x)
+        self.last_norm(&x)
     }
 
     /// Where the tokens of a batch stand, `past` tokens having been read before.
@@ -279,7 +294,7 @@ impl Model {
     }
 
     /// The final norm of what comes out of the last block.
-    pub(crate) fn normed(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+    pub(crate) fn last_norm(&self, x: &Tensor) -> Result<Tensor, ModelError> {
         Ok(ops::rms_norm(x, &self.norm, self.architecture.rms_eps)?)
     }
 
@@ -293,16 +308,16 @@ impl Model {
         cache: Option<&mut Cache>,
     ) -> Result<Tensor, ModelError> {
         let a = &self.architecture;
-        let (block, rows, tokens) = (&self.blocks[layer], place.rows, place.tokens);
+        let (rows, tokens) = (place.rows, place.tokens);
         let lin = |x: &Tensor, kind| self.linear(x, layer, kind, attachments);
-        let norm = attachments.vector(layer, VectorKind::AttentionNorm, &block.attention_norm)?;
-        let h = ops::rms_norm(x, &norm, a.rms_eps)?;
+        let norm = |x: &Tensor, kind| self.normed(x, layer, kind, attachments);
+        let h = norm(x, VectorKind::AttentionNorm)?;
         let heads = |t: Tensor, n: usize| t.reshape((rows, tokens, n, a.head_dim));
         let q = heads(lin(&h, ModuleKind::Q)?, a.heads)?;
         let k = heads(lin(&h, ModuleKind::K)?, a.kv_heads)?;
         let mut v = heads(lin(&h, ModuleKind::V)?, a.kv_heads)?;
-        let q = ops::rope(&q, &self.rope, &place.positions)?;
-        let mut k = ops::rope(&k, &self.rope, &place.positions)?;
+        let q = ops::rope(&norm(&q, VectorKind::QNorm)?, &self.rope, &place.positions)?;
+        let mut k = ops::rope(&norm(&k, VectorKind::KNorm)?, &self.rope, &place.positions)?;
         if let Some(cache) = cache {
             if let Some((old_k, old_v)) = cache.layers.get(layer) {
                 k = Tensor::cat(&[old_k, &k], 1)?;
@@ -312,13 +327,17 @@ impl Model {
                 cache.layers.push((k.clone(), v.clone()));
             }
         }
-        let mixed =
-            ops::attention(&q, &k, &v, &place.starts)?.reshape((rows * tokens, a.heads * a.head_dim))?;
-        let x = (x + lin(&mixed, ModuleKind::O)?)?;
-        let norm = attachments.vector(layer, VectorKind::MlpNorm, &block.mlp_norm)?;
-        let h = ops::rms_norm(&x, &norm, a.rms_eps)?;
-        let inner = ops::swiglu(&lin(&h, ModuleKind::Gate)?, &lin(&h, ModuleKind::Up)?)?;
-        Ok((x + lin(&inner, ModuleKind::Down)?)?)
+        let window = a.windows.get(layer).copied().flatten();
+        let mixed = ops::attention(&q, &k, &v, &place.starts, window)?
+            .reshape((rows * tokens, a.heads * a.head_dim))?;
+        let x = (x + norm(&lin(&mixed, ModuleKind::O)?, VectorKind::PostAttentionNorm)?)?;
+        let h = norm(&x, VectorKind::MlpNorm)?;
+        let inner = if a.fused_gate_up {
+            ops::swiglu_fused(&lin(&h, ModuleKind::GateUp)?)?
+        } else {
+            ops::swiglu(&lin(&h, ModuleKind::Gate)?, &lin(&h, ModuleKind::Up)?)?
+        };
+        Ok((x + norm(&lin(&inner, ModuleKind::Down)?, VectorKind::PostMlpNorm)?)?)
     }
 
     /// Logits `[n, vocab]` of chosen rows of `hidden`.

@@ -7,6 +7,7 @@
 //! | [`rope`] | x `[b, t, h, d]` | x |
 //! | [`attention`] | q `[b, t, h, d]`, k and v `[b, s, g, d]`, `g` divides `h` | q, k, v |
 //! | [`swiglu`] | gate, up `[n, f]` | both |
+//! | [`swiglu_fused`] | gate beside up `[n, 2 f]` | it |
 //! | [`cross_entropy`], [`kl`], [`log_odds`] | logits `[n, v]` | logits |
 //!
 //! All f32, row-major; sums inside a row are in a fixed order, so results do not depend on the thread
@@ -145,17 +146,27 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     x.contiguous()?.apply_op2(w, RmsNorm { eps: eps as f32 })
 }
 
+/// Which two elements of a head are turned together, of the `2 half` at its front.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeForm {
+    /// `i` and `i + half`, as in Llama.
+    Halves,
+    /// `2 i` and `2 i + 1`, as in GLM.
+    Neighbours,
+}
+
 /// Cosines and sines for positions `0..len`, `half` pairs each.
 #[derive(Debug, Clone)]
 pub struct RopeTable {
     cos: Arc<Vec<f32>>,
     sin: Arc<Vec<f32>>,
     half: usize,
+    form: RopeForm,
 }
 
 impl RopeTable {
     /// Angles are formed in f64 and rounded once.
-    pub fn new(frequencies: &[f64], len: usize) -> Self {
+    pub fn new(frequencies: &[f64], len: usize, form: RopeForm) -> Self {
         let mut cos = Vec::with_capacity(len * frequencies.len());
         let mut sin = Vec::with_capacity(len * frequencies.len());
         for p in 0..len {
@@ -165,7 +176,7 @@ impl RopeTable {
                 sin.push(angle.sin() as f32);
             }
         }
-        Self { cos: Arc::new(cos), sin: Arc::new(sin), half: frequencies.len() }
+        Self { cos: Arc::new(cos), sin: Arc::new(sin), half: frequencies.len(), form }
     }
 
     /// Number of positions.
@@ -192,11 +203,12 @@ impl CustomOp1 for Rope {
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = view(s, l)?;
         let (b, t, h, d) = l.shape().dims4()?;
-        let half = d / 2;
-        if half != self.table.half || self.positions.len() != b * t {
+        let half = self.table.half;
+        if half == 0 || 2 * half > d || self.positions.len() != b * t {
             bail!("rope: table or positions do not fit {:?}", l.shape());
         }
-        let mut out = vec![0f32; x.len()];
+        // What lies behind the pairs stays as it is.
+        let mut out = x.to_vec();
         for ((out, x), &p) in out.chunks_mut(h * d).zip(x.chunks(h * d)).zip(self.positions.iter()) {
             let p = p as usize;
             if p >= self.table.len() {
@@ -206,12 +218,24 @@ impl CustomOp1 for Rope {
             let sin = &self.table.sin[p * half..(p + 1) * half];
             let sign = if self.inverse { -1.0 } else { 1.0 };
             for (out, x) in out.chunks_mut(d).zip(x.chunks(d)) {
-                let (lo, hi) = x.split_at(half);
-                let (out_lo, out_hi) = out.split_at_mut(half);
-                for i in 0..half {
-                    let s = sin[i] * sign;
-                    out_lo[i] = lo[i] * cos[i] - hi[i] * s;
-                    out_hi[i] = hi[i] * cos[i] + lo[i] * s;
+                match self.table.form {
+                    RopeForm::Halves => {
+                        let (lo, hi) = x.split_at(half);
+                        let (out_lo, out_hi) = out.split_at_mut(half);
+                        for i in 0..half {
+                            let s = sin[i] * sign;
+                            out_lo[i] = lo[i] * cos[i] - hi[i] * s;
+                            out_hi[i] = hi[i] * cos[i] + lo[i] * s;
+                        }
+                    }
+                    RopeForm::Neighbours => {
+                        let pairs = out.chunks_exact_mut(2).zip(x.chunks_exact(2));
+                        for ((out, x), (cos, sin)) in pairs.zip(cos.iter().zip(sin)) {
+                            let s = sin * sign;
+                            out[0] = x[0] * cos - x[1] * s;
+                            out[1] = x[1] * cos + x[0] * s;
+                        }
+                    }
                 }
             }
         }
@@ -224,13 +248,14 @@ impl CustomOp1 for Rope {
     }
 }
 
-/// Rotary embedding, halves form (`rotate_half`), `positions[b * t]` row-major.
+/// Rotary embedding of the first elements of each head, as many as the table has; `positions[b * t]` row-major.
 pub fn rope(x: &Tensor, table: &RopeTable, positions: &Arc<Vec<u32>>) -> Result<Tensor> {
     x.contiguous()?.apply_op1(Rope { table: table.clone(), positions: positions.clone(), inverse: false })
 }
 
 struct Attention {
     starts: Arc<Vec<u32>>,
+    window: usize,
 }
 
 #[derive(Clone, Copy)]
@@ -269,18 +294,22 @@ impl Dims {
         out
     }
 
-    /// Softmax weights of query `i` over keys `start..=last`, written to `p` (zero elsewhere).
+    /// The keys that query `i` sees: the `window` last ones, itself included, but none before `start`.
+    fn seen(&self, i: usize, start: usize, window: usize) -> std::ops::RangeInclusive<usize> {
+        let last = self.s - self.t + i;
+        // A padding row sees itself, so that nothing divides by zero; nobody reads it.
+        start.max((last + 1).saturating_sub(window)).min(last)..=last
+    }
+
+    /// Softmax weights of query `q` over the keys `seen`, written to `p` (zero elsewhere).
     fn weights(
         &self,
         q: &[f32],
         kt: &[f32],
-        i: usize,
-        start: usize,
+        seen: std::ops::RangeInclusive<usize>,
         p: &mut [f32],
     ) -> std::ops::Range<usize> {
-        let last = self.s - self.t + i;
-        // A padding row sees itself, so that nothing divides by zero; nobody reads it.
-        let from = start.min(last);
+        let (from, last) = seen.into_inner();
         p.fill(0.0);
         let seen = &mut p[from..=last];
         for (c, &qc) in q.iter().enumerate() {
@@ -347,7 +376,7 @@ impl CustomOp3 for Attention {
                 for head in group * (n.h / n.g)..(group + 1) * (n.h / n.g) {
                     for i in 0..n.t {
                         let at = (i * n.h + head) * n.d;
-                        let seen = n.weights(&q[at..at + n.d], &kt, i, start, &mut p);
+                        let seen = n.weights(&q[at..at + n.d], &kt, n.seen(i, start, self.window), &mut p);
                         let o = &mut out[at..at + n.d];
                         for j in seen {
                             axpy(o, p[j], &vs[j * n.d..(j + 1) * n.d]);
@@ -388,7 +417,7 @@ impl CustomOp3 for Attention {
                         for i in 0..n.t {
                             let at = (i * n.h + head) * n.d;
                             let (qi, gi) = (&q[at..at + n.d], &g[at..at + n.d]);
-                            let seen = n.weights(qi, &kt, i, start, &mut p);
+                            let seen = n.weights(qi, &kt, n.seen(i, start, self.window), &mut p);
                             let (from, to) = (seen.start, seen.end);
                             dp[from..to].fill(0.0);
                             for (c, &gc) in gi.iter().enumerate() {
@@ -416,9 +445,16 @@ impl CustomOp3 for Attention {
 }
 
 /// Causal softmax attention with grouped key heads. The queries are the last `t` of `s` positions; keys
-/// before `starts[b]` are padding and not seen.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, starts: &Arc<Vec<u32>>) -> Result<Tensor> {
-    q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Attention { starts: starts.clone() })
+/// before `starts[b]` are padding and not seen. With a `window` a query sees that many positions, its own included.
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    starts: &Arc<Vec<u32>>,
+    window: Option<usize>,
+) -> Result<Tensor> {
+    let op = Attention { starts: starts.clone(), window: window.unwrap_or(usize::MAX).max(1) };
+    q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
 }
 
 struct Swiglu;
@@ -480,6 +516,50 @@ impl CustomOp2 for Swiglu {
 /// `silu(gate) · up`.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     gate.contiguous()?.apply_op2(&up.contiguous()?, Swiglu)
+}
+
+struct SwigluFused;
+
+impl CustomOp1 for SwigluFused {
+    fn name(&self) -> &'static str {
+        "swiglu-fused-with-backward"
+    }
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = view(s, l)?;
+        let (n, both) = l.shape().dims2()?;
+        let f = both / 2;
+        if both == 0 || both % 2 != 0 {
+            bail!("swiglu-fused: {both} columns do not halve");
+        }
+        let mut out = vec![0f32; n * f];
+        out.par_chunks_mut(f).zip(x.par_chunks(both)).for_each(|(out, x)| {
+            let (g, u) = x.split_at(f);
+            for ((o, &g), &u) in out.iter_mut().zip(g).zip(u) {
+                *o = g * sigmoid(g) * u;
+            }
+        });
+        Ok(own(out, (n, f)))
+    }
+    fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let both = x.dim(1)?;
+        let f = both / 2;
+        let (xs, ds) = (values(x)?, values(grad)?);
+        let mut dx = vec![0f32; xs.len()];
+        dx.par_chunks_mut(both).zip(xs.par_chunks(both)).zip(ds.par_chunks(f)).for_each(|((dx, x), d)| {
+            let ((g, u), (dg, du)) = (x.split_at(f), dx.split_at_mut(f));
+            for i in 0..f {
+                let s = sigmoid(g[i]);
+                dg[i] = d[i] * u[i] * s * (1.0 + g[i] * (1.0 - s));
+                du[i] = d[i] * g[i] * s;
+            }
+        });
+        Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
+    }
+}
+
+/// `silu(gate) · up` of the two halves of each row, gate first.
+pub fn swiglu_fused(gate_up: &Tensor) -> Result<Tensor> {
+    gate_up.contiguous()?.apply_op1(SwigluFused)
 }
 
 /// Row-wise log-softmax into `out`; the sum of exponentials is in f64.
@@ -695,43 +775,113 @@ mod tests {
     }
 
     #[test]
-    fn rope_gradient_and_length() {
-        let table = RopeTable::new(&[1.0, 0.3], 9);
-        let positions = Arc::new(vec![0, 1, 8, 3]);
-        check(&[&[2, 2, 3, 4]], |t| rope(&t[0], &table, &positions));
-        let x = Tensor::from_vec(noise(48, 5), &[2, 2, 3, 4], &Device::Cpu).unwrap();
-        let y = rope(&x, &table, &positions).unwrap();
-        let n = |t: &Tensor| values(t).unwrap().iter().map(|v| v * v).sum::<f32>();
-        assert!((n(&x) - n(&y)).abs() < 1e-4 * n(&x), "a rotation keeps the length");
+    fn rms_norm_of_each_head_is_that_of_its_row() {
+        check(&[&[2, 3, 2, 4], &[4]], |t| rms_norm(&t[0], &t[1], 1e-5));
+        let dev = &Device::Cpu;
+        let x = Tensor::from_vec(noise(48, 5), (12, 4), dev).unwrap();
+        let w = Tensor::from_vec(noise(4, 6), 4, dev).unwrap();
+        let rows = values(&rms_norm(&x, &w, 1e-5).unwrap()).unwrap();
+        let heads = rms_norm(&x.reshape((2, 3, 2, 4)).unwrap(), &w, 1e-5).unwrap();
+        assert_eq!(heads.dims(), [2, 3, 2, 4]);
+        assert_eq!(values(&heads).unwrap(), rows);
     }
 
     #[test]
-    fn attention_gradient_with_grouped_heads_padding_and_past() {
+    fn rope_gradient_and_length() {
+        let positions = Arc::new(vec![0, 1, 8, 3]);
+        for form in [RopeForm::Halves, RopeForm::Neighbours] {
+            let table = RopeTable::new(&[1.0, 0.3], 9, form);
+            // All of a head, and the front of one.
+            for d in [4, 7] {
+                check(&[&[2, 2, 3, d]], |t| rope(&t[0], &table, &positions));
+                let x = Tensor::from_vec(noise(12 * d, 5), &[2, 2, 3, d], &Device::Cpu).unwrap();
+                let y = rope(&x, &table, &positions).unwrap();
+                let n = |t: &Tensor| values(t).unwrap().iter().map(|v| v * v).sum::<f32>();
+                assert!((n(&x) - n(&y)).abs() < 1e-4 * n(&x), "a rotation keeps the length");
+            }
+        }
+    }
+
+    #[test]
+    fn rope_turns_the_pairs_of_its_form_and_leaves_the_rest() {
+        let turn = |form| {
+            let table = RopeTable::new(&[1.0, 0.5], 4, form);
+            let x =
+                Tensor::from_vec(vec![1f32, 2.0, 3.0, 4.0, 5.0, 6.0], &[1, 1, 1, 6], &Device::Cpu).unwrap();
+            values(&rope(&x, &table, &Arc::new(vec![2])).unwrap()).unwrap()
+        };
+        let pair = |x: f32, y: f32, angle: f32| {
+            (x * angle.cos() - y * angle.sin(), y * angle.cos() + x * angle.sin())
+        };
+        let near = |got: Vec<f32>, want: [f32; 6]| {
+            for (i, (got, want)) in got.iter().zip(want).enumerate() {
+                assert!((got - want).abs() < 1e-5, "element {i}: {got} against {want}");
+            }
+        };
+        let (a, b) = (pair(1.0, 3.0, 2.0), pair(2.0, 4.0, 1.0));
+        near(turn(RopeForm::Halves), [a.0, b.0, a.1, b.1, 5.0, 6.0]);
+        let (a, b) = (pair(1.0, 2.0, 2.0), pair(3.0, 4.0, 1.0));
+        near(turn(RopeForm::Neighbours), [a.0, a.1, b.0, b.1, 5.0, 6.0]);
+    }
+
+    #[test]
+    fn attention_gradient_with_grouped_heads_padding_past_and_window() {
         let starts = Arc::new(vec![0, 2]);
-        check(&[&[2, 3, 4, 2], &[2, 5, 2, 2], &[2, 5, 2, 2]], |t| attention(&t[0], &t[1], &t[2], &starts));
+        for window in [None, Some(1), Some(2), Some(4), Some(9)] {
+            check(&[&[2, 3, 4, 2], &[2, 5, 2, 2], &[2, 5, 2, 2]], |t| {
+                attention(&t[0], &t[1], &t[2], &starts, window)
+            });
+        }
+    }
+
+    /// Outputs of four positions, two wide, with what is added to the keys; the first position is padding.
+    fn attended(window: Option<usize>, added: &[(usize, f32)]) -> Vec<f32> {
+        let x = |seed| Tensor::from_vec(noise(8, seed), &[1, 4, 1, 2], &Device::Cpu).unwrap();
+        let mut k = noise(8, 2);
+        for (i, d) in added {
+            k[*i] += d;
+        }
+        let k = Tensor::from_vec(k, &[1, 4, 1, 2], &Device::Cpu).unwrap();
+        values(&attention(&x(1), &k, &x(3), &Arc::new(vec![1]), window).unwrap()).unwrap()
     }
 
     #[test]
     fn attention_does_not_see_the_future_or_the_padding() {
-        let starts = Arc::new(vec![1]);
-        let at = |k: Vec<f32>| {
-            let q = Tensor::from_vec(noise(8, 1), &[1, 4, 1, 2], &Device::Cpu).unwrap();
-            let v = Tensor::from_vec(noise(8, 3), &[1, 4, 1, 2], &Device::Cpu).unwrap();
-            let k = Tensor::from_vec(k, &[1, 4, 1, 2], &Device::Cpu).unwrap();
-            values(&attention(&q, &k, &v, &starts).unwrap()).unwrap()
-        };
-        let plain = at(noise(8, 2));
-        let mut k = noise(8, 2);
-        k[0] += 5.0; // padding
-        k[6] += 5.0; // position 3
-        let other = at(k);
+        let plain = attended(None, &[]);
+        // Padding, and position 3.
+        let other = attended(None, &[(0, 5.0), (6, 5.0)]);
         assert_eq!(plain[2..6], other[2..6]);
         assert_ne!(plain[6..8], other[6..8]);
     }
 
     #[test]
+    fn attention_sees_as_many_positions_as_the_window_has() {
+        // Position 1 is in the window of 2 of position 2, and no longer in that of position 3.
+        let (plain, other) = (attended(Some(2), &[]), attended(Some(2), &[(2, 5.0)]));
+        assert_ne!(plain[4..6], other[4..6]);
+        assert_eq!(plain[6..8], other[6..8]);
+        assert_ne!(attended(Some(3), &[])[6..8], attended(Some(3), &[(2, 5.0)])[6..8]);
+        // A window that holds everything is none; one of 1 holds the position itself, whose value it is.
+        assert_eq!(attended(Some(4), &[]), attended(None, &[]));
+        assert_eq!(attended(Some(1), &[])[2..], noise(8, 3)[2..]);
+    }
+
+    #[test]
     fn swiglu_gradient() {
         check(&[&[3, 5], &[3, 5]], |t| swiglu(&t[0], &t[1]));
+    }
+
+    #[test]
+    fn fused_swiglu_is_the_same_and_has_its_gradient() {
+        check(&[&[3, 10]], |t| swiglu_fused(&t[0]));
+        let dev = &Device::Cpu;
+        let (g, u) = (noise(15, 1), noise(15, 2));
+        let both = g.chunks(5).zip(u.chunks(5)).flat_map(|(g, u)| [g, u].concat()).collect::<Vec<_>>();
+        let [g, u] = [g, u].map(|x| Tensor::from_vec(x, (3, 5), dev).unwrap());
+        let fused = swiglu_fused(&Tensor::from_vec(both, (3, 10), dev).unwrap()).unwrap();
+        assert_eq!(fused.dims(), [3, 5]);
+        assert_eq!(values(&fused).unwrap(), values(&swiglu(&g, &u).unwrap()).unwrap());
+        assert!(swiglu_fused(&Tensor::zeros((2, 3), candle_core::DType::F32, dev).unwrap()).is_err());
     }
 
     #[test]

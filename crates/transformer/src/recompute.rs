@@ -24,6 +24,7 @@ pub fn gradients(
     hidden: Option<HiddenLoss<'_>>,
 ) -> Result<(f64, Vec<Vec<f32>>), ModelError> {
     let number = |t: &Tensor| -> Result<f64, ModelError> { Ok(f64::from(t.sum_all()?.to_scalar::<f32>()?)) };
+    attachments.check(model.architecture())?;
     let place = model.place(batch.batch(), 0)?;
     let quiet = attachments.detached();
     let mut inputs = vec![model.embedded(batch.batch())?.detach()];
@@ -33,7 +34,7 @@ pub fn gradients(
     }
     let mut sums: Vec<Vec<f32>> = vars.iter().map(|v| vec![0f32; v.elem_count()]).collect();
     let out = Var::from_tensor(&inputs[inputs.len() - 1])?;
-    let logits = model.logits(&model.normed(out.as_tensor())?, batch.predictors())?;
+    let logits = model.logits(&model.last_norm(out.as_tensor())?, batch.predictors())?;
     let end = loss(&logits)?;
     let mut value = number(&end)?;
     let grads = end.backward()?;

@@ -28,17 +28,7 @@ fn noise(n: usize, seed: u64) -> Vec<f32> {
 
 impl WeightSource for Noise {
     fn read(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), ModelError> {
-        let a = &self.0;
-        let (h, q, kv) = (a.hidden, a.heads * a.head_dim, a.kv_heads * a.head_dim);
-        let shape = match name.rsplit('.').nth(1).unwrap() {
-            "embed_tokens" | "lm_head" => vec![a.vocab, h],
-            "q_proj" => vec![q, h],
-            "k_proj" | "v_proj" => vec![kv, h],
-            "o_proj" => vec![h, q],
-            "gate_proj" | "up_proj" => vec![a.ffn, h],
-            "down_proj" => vec![h, a.ffn],
-            _ => vec![h],
-        };
+        let shape = self.0.shape(name).unwrap();
         let n = shape.iter().product();
         let seed = name.bytes().fold(7, |s: u64, b| s.wrapping_mul(31) + u64::from(b));
         let lift = if shape.len() == 1 { 1.0 } else { 0.0 };

@@ -3,9 +3,11 @@
 use candle_core::{Device, Tensor, Var};
 use serde_json::json;
 use std::collections::BTreeMap;
+use transformer::architecture::LAYOUTS;
+use transformer::model::Cache;
 use transformer::{
-    AnswerBatch, Architecture, Attachment, Attachments, Batch, Model, ModelError, ModuleKind, Row, Taps,
-    VectorKind, WeightSource, generate,
+    AnswerBatch, Architecture, Attachment, Attachments, Batch, LinearShape, Model, ModelError, ModuleKind,
+    Row, Taps, VectorKind, WeightSource, generate,
 };
 
 struct Small(BTreeMap<String, Vec<f32>>, Architecture);
@@ -25,20 +27,7 @@ fn noise(n: usize, seed: u64) -> Vec<f32> {
 
 impl WeightSource for Small {
     fn read(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), ModelError> {
-        let a = &self.1;
-        let (h, q, kv) = (a.hidden, a.heads * a.head_dim, a.kv_heads * a.head_dim);
-        let mut shape = match name.rsplit('.').nth(1).unwrap() {
-            "embed_tokens" | "lm_head" => vec![a.vocab, h],
-            "q_proj" => vec![q, h],
-            "k_proj" | "v_proj" => vec![kv, h],
-            "o_proj" => vec![h, q],
-            "gate_proj" | "up_proj" => vec![a.ffn, h],
-            "down_proj" => vec![h, a.ffn],
-            _ => vec![h],
-        };
-        if name.ends_with(".bias") {
-            shape.truncate(1);
-        }
+        let shape = self.1.shape(name).unwrap_or_else(|| panic!("the decoder asks for `{name}`"));
         let n = shape.iter().product();
         if let Some(values) = self.0.get(name) {
             return Ok((shape, values.clone()));
@@ -52,13 +41,23 @@ impl WeightSource for Small {
     }
 }
 
+/// Windows shorter than the rows; heads whose width is not that of the stream over their number.
 fn architecture(model_type: &str) -> Architecture {
-    Architecture::from_config(&json!({
+    let mut config = json!({
         "model_type": model_type, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "intermediate_size": 24, "vocab_size": 40, "rms_norm_eps": 1e-5,
         "rope_theta": 100.0, "tie_word_embeddings": model_type == "qwen2"
-    }))
-    .unwrap()
+    });
+    let more = match model_type {
+        "mistral" => json!({"sliding_window": 3}),
+        "qwen3" => json!({"head_dim": 6, "use_sliding_window": true, "sliding_window": 2,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+        "glm" => json!({"head_dim": 4, "attention_bias": false}),
+        "glm4" => json!({"head_dim": 8, "partial_rotary_factor": 0.5, "attention_bias": true}),
+        _ => json!({}),
+    };
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    Architecture::from_config(&config).unwrap()
 }
 
 fn model(model_type: &str) -> Model {
@@ -74,24 +73,13 @@ fn rows() -> Vec<Row> {
     ]
 }
 
-fn sizes(a: &Architecture, kind: ModuleKind) -> (usize, usize) {
-    let (q, kv) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
-    match kind {
-        ModuleKind::Q => (q, a.hidden),
-        ModuleKind::K | ModuleKind::V => (kv, a.hidden),
-        ModuleKind::O => (a.hidden, q),
-        ModuleKind::Gate | ModuleKind::Up => (a.ffn, a.hidden),
-        ModuleKind::Down => (a.hidden, a.ffn),
-    }
-}
-
 fn flat(t: &Tensor) -> Vec<f32> {
     t.flatten_all().unwrap().to_vec1().unwrap()
 }
 
 #[test]
 fn gradients_reach_every_attachment_and_agree_with_differences() {
-    for model_type in ["llama", "qwen2"] {
+    for model_type in LAYOUTS {
         let model = model(model_type);
         let a = model.architecture().clone();
         let dev = &Device::Cpu;
@@ -100,8 +88,7 @@ fn gradients_reach_every_attachment_and_agree_with_differences() {
         for layer in 0..a.layers {
             let scale = Var::from_slice(&[0.7f32], 1, dev).unwrap();
             vars.push((format!("scale of layer {layer}"), scale.clone()));
-            for kind in ModuleKind::ALL {
-                let (out, inn) = sizes(&a, kind);
+            for LinearShape { kind, out, into: inn, .. } in a.modules() {
                 let seed = (layer * 10 + kind as usize) as u64;
                 let va = Var::from_tensor(&Tensor::from_vec(noise(2 * inn, seed), (2, inn), dev).unwrap())
                     .unwrap();
@@ -117,15 +104,13 @@ fn gradients_reach_every_attachment_and_agree_with_differences() {
                 vars.push((format!("A of {}", kind.module(layer)), va));
                 vars.push((format!("B of {}", kind.module(layer)), vb));
             }
-            let delta =
-                Var::from_tensor(&Tensor::from_vec(noise(a.hidden, 77), a.hidden, dev).unwrap()).unwrap();
-            attachments.add_vector(
-                layer,
-                VectorKind::MlpNorm,
-                delta.as_tensor().clone(),
-                scale.as_tensor().clone(),
-            );
-            vars.push((format!("norm of layer {layer}"), delta));
+            for (i, (kind, len)) in a.vectors().into_iter().enumerate() {
+                let delta = noise(len, (layer * 10 + i + 900) as u64);
+                let delta = Var::from_tensor(&Tensor::from_vec(delta, len, dev).unwrap()).unwrap();
+                let scale = scale.as_tensor().clone();
+                attachments.add_vector(layer, kind, delta.as_tensor().clone(), scale);
+                vars.push((kind.tensor(layer), delta));
+            }
         }
         let batch = AnswerBatch::new(&rows(), 0);
         let loss = |at: &Attachments| flat(&batch.cross_entropy(&model, at).unwrap())[0];
@@ -155,7 +140,7 @@ fn gradients_reach_every_attachment_and_agree_with_differences() {
 
 #[test]
 fn frozen_weights_get_no_gradient_and_trainable_ones_all_do() {
-    for model_type in ["llama", "qwen2"] {
+    for model_type in LAYOUTS {
         let a = architecture(model_type);
         let model = Model::trainable(a.clone(), &Small(BTreeMap::new(), a)).unwrap();
         let batch = AnswerBatch::new(&rows(), 0);
@@ -170,13 +155,16 @@ fn frozen_weights_get_no_gradient_and_trainable_ones_all_do() {
 
 #[test]
 fn attachment_equals_the_weight_with_the_product_added() {
-    let a = architecture("llama");
+    LAYOUTS.into_iter().for_each(attachment_equals_the_weight);
+}
+
+fn attachment_equals_the_weight(model_type: &str) {
+    let a = architecture(model_type);
     let plain = Small(BTreeMap::new(), a.clone());
     let mut merged = BTreeMap::new();
     let mut attachments = Attachments::none();
     for layer in 0..a.layers {
-        for kind in ModuleKind::ALL {
-            let (out, inn) = sizes(&a, kind);
+        for LinearShape { kind, out, into: inn, .. } in a.modules() {
             let (b, f) = (noise(out * 2, layer as u64 + 3), noise(2 * inn, layer as u64 + 9));
             attachments.add_fixed(layer, kind, (&b, &f), 2, 1.5).unwrap();
             let name = format!("{}.weight", kind.module(layer));
@@ -188,6 +176,17 @@ fn attachment_equals_the_weight_with_the_product_added() {
             }
             merged.insert(name, w);
         }
+        for (i, (kind, len)) in a.vectors().into_iter().enumerate() {
+            let delta = noise(len, (layer * 10 + i + 900) as u64);
+            let (_, mut w) = plain.read(&kind.tensor(layer)).unwrap();
+            w.iter_mut().zip(&delta).for_each(|(w, d)| *w += 0.5 * d);
+            merged.insert(kind.tensor(layer), w);
+            let [delta, half] = [delta, vec![0.5]].map(|x| {
+                let n = x.len();
+                Tensor::from_vec(x, n, &Device::Cpu).unwrap()
+            });
+            attachments.add_vector(layer, kind, delta, half);
+        }
     }
     let left = Model::new(a.clone(), &plain).unwrap();
     let right = Model::new(a.clone(), &Small(merged, a)).unwrap();
@@ -198,13 +197,99 @@ fn attachment_equals_the_weight_with_the_product_added() {
     );
     for (i, (x, y)) in x.iter().zip(&y).enumerate() {
         // Two orders of the same f32 sums of about 24 terms.
-        assert!((x - y).abs() < 1e-4 * (1.0 + y.abs()), "logit {i}: {x} against {y}");
+        assert!((x - y).abs() < 1e-4 * (1.0 + y.abs()), "{model_type}: logit {i}: {x} against {y}");
     }
 }
 
 #[test]
+fn addition_to_a_place_that_the_layout_does_not_have_is_refused() {
+    for (model_type, kind) in [("glm4", ModuleKind::Up), ("llama", ModuleKind::GateUp)] {
+        let mut at = Attachments::none();
+        at.add_fixed(1, kind, (&[1.0; 24], &[1.0; 16]), 1, 1.0).unwrap();
+        let error = AnswerBatch::new(&rows(), 0).logits(&model(model_type), &at).unwrap_err();
+        let message = error.to_string();
+        assert!(message.contains(&kind.module(1)), "{message}");
+        assert!(error.hint().unwrap().contains("`glm4`"));
+    }
+    let one = Tensor::from_vec(vec![1f32], 1, &Device::Cpu).unwrap();
+    let bias = VectorKind::Bias(ModuleKind::O);
+    for (layer, kind) in [(0, VectorKind::QNorm), (0, bias), (3, VectorKind::MlpNorm)] {
+        let mut at = Attachments::none();
+        at.add_vector(layer, kind, one.clone(), one.clone());
+        let error = AnswerBatch::new(&rows(), 0).logits(&model("llama"), &at).unwrap_err().to_string();
+        assert!(error.contains(&kind.tensor(layer)), "{error}");
+    }
+}
+
+/// Hidden states of a row alone, without a cache: `[tokens][hidden]`.
+fn alone(model: &Model, row: &[u32]) -> Vec<Vec<f32>> {
+    let batch = Batch::pad_behind(&[row.to_vec()], 0);
+    let hidden = model.hidden(&batch, &Attachments::none(), None, None).unwrap();
+    flat(&hidden).chunks(16).map(<[f32]>::to_vec).collect()
+}
+
+#[track_caller]
+fn near(what: &str, got: &[f32], want: &[f32]) {
+    assert_eq!(got.len(), want.len());
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        // Products of another shape may add in another order: some 24 terms a sum, three layers.
+        assert!((got - want).abs() < 1e-4 * (1.0 + want.abs()), "{what}, {i}: {got} against {want}");
+    }
+}
+
+#[test]
+fn hidden_states_do_not_depend_on_padding_or_the_cache() {
+    let rows = [vec![1, 2, 3, 4, 5, 6, 7, 8], vec![9, 8, 30], vec![11, 30, 12, 3, 22]];
+    for model_type in LAYOUTS {
+        let model = model(model_type);
+        let want = rows.each_ref().map(|row| alone(&model, row));
+        let none = Attachments::none();
+        for (front, batch) in [(true, Batch::pad_front(&rows, 0)), (false, Batch::pad_behind(&rows, 0))] {
+            let got = flat(&model.hidden(&batch, &none, None, None).unwrap());
+            for (r, row) in rows.iter().enumerate() {
+                let first = r * 8 + if front { 8 - row.len() } else { 0 };
+                for (t, want) in want[r].iter().enumerate() {
+                    let at = (first + t) * 16;
+                    near(&format!("{model_type}: row {r}, token {t}"), &got[at..at + 16], want);
+                }
+            }
+        }
+        // The first three columns at once, then one by one; the longest padding is longer than the windows.
+        let whole = Batch::pad_front(&rows, 0);
+        let mut cache = Cache::default();
+        for (from, to) in [(0, 3), (3, 4), (4, 5), (5, 6), (6, 7), (7, 8)] {
+            let ids = (0..3).flat_map(|r| whole.ids[r * 8 + from..r * 8 + to].to_vec()).collect();
+            let part = Batch { ids, tokens: to - from, starts: whole.starts.clone() };
+            let got = flat(&model.hidden(&part, &none, Some(&mut cache), None).unwrap());
+            for (r, row) in rows.iter().enumerate() {
+                for column in from..to {
+                    let Some(t) = column.checked_sub(8 - row.len()) else { continue };
+                    let at = (r * (to - from) + column - from) * 16;
+                    near(&format!("{model_type}: row {r}, column {column}"), &got[at..at + 16], &want[r][t]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_window_hides_what_lies_further_back() {
+    // Each layer of three sees two positions further back: the last of nine sees three to nine.
+    let model = model("mistral");
+    let base = alone(&model, &[1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    let other = alone(&model, &[31, 32, 3, 4, 5, 6, 7, 8, 9]);
+    assert_eq!(base[8], other[8]);
+    assert_ne!(base[7], other[7]);
+    // A layer that sees all carries it on.
+    let model = self::model("qwen3");
+    let (base, other) =
+        (alone(&model, &[1, 2, 3, 4, 5, 6, 7, 8, 9]), alone(&model, &[31, 2, 3, 4, 5, 6, 7, 8, 9]));
+    assert_ne!(base[8], other[8]);
+}
+
+#[test]
 fn generation_does_not_depend_on_the_batch_or_the_cache() {
-    for model_type in ["llama", "qwen2"] {
+    for model_type in LAYOUTS {
         let model = model(model_type);
         let none = Attachments::none();
         let prompts = vec![vec![1, 2, 3, 4, 5, 6, 7], vec![9, 8], vec![11, 30, 12]];
@@ -267,8 +352,7 @@ fn kl_to_itself_is_zero_and_grows_with_a_change() {
     let reference = batch.reference(&model, &none).unwrap();
     assert!(flat(&batch.kl(&model, &none, &reference).unwrap())[0].abs() < 1e-6);
     let mut changed = Attachments::none();
-    let (out, inn) = sizes(model.architecture(), ModuleKind::Down);
-    changed.add_fixed(1, ModuleKind::Down, (&noise(out, 1), &noise(inn, 2)), 1, 5.0).unwrap();
+    changed.add_fixed(1, ModuleKind::Down, (&noise(16, 1), &noise(24, 2)), 1, 5.0).unwrap();
     assert!(flat(&batch.kl(&model, &changed, &reference).unwrap())[0] > 1e-4);
 }
 
