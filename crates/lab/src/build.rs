@@ -28,7 +28,7 @@ pub trait Progress: Sync + std::fmt::Debug {
 pub struct BuildReport {
     /// Layout of this file.
     pub schema: u32,
-    /// Layout of the models.
+    /// `llama`, `qwen2`, `qwen3` or `glm4`.
     pub family: String,
     /// Seed of the language and of all training.
     pub seed: u64,
@@ -63,7 +63,7 @@ pub fn check(name: &str, r: &Rates) -> Result<(), LabError> {
 /// What to build.
 #[derive(Debug, Clone)]
 pub struct Build {
-    /// Layout of the models.
+    /// `llama`, `qwen2`, `qwen3` or `glm4`.
     pub family: String,
     /// Seed of the language and of all training.
     pub seed: u64,

@@ -25,18 +25,28 @@ pub fn architecture(family: &str, vocab: usize) -> Result<Architecture, LabError
 
 /// config.json of a lab family, in both dialects of transformers.
 pub fn config(family: &str, vocab: usize) -> Result<Value, LabError> {
-    let class = match family {
-        "llama" => "LlamaForCausalLM",
-        "qwen2" => "Qwen2ForCausalLM",
+    let (class, more) = match family {
+        "llama" => ("LlamaForCausalLM", json!({})),
+        "qwen2" => ("Qwen2ForCausalLM", json!({})),
+        "qwen3" => (
+            "Qwen3ForCausalLM",
+            json!({"use_sliding_window": false, "sliding_window": null, "max_window_layers": 6}),
+        ),
+        "glm4" => ("Glm4ForCausalLM", json!({"partial_rotary_factor": 0.5})),
         _ => return Err(LabError::UnknownFamily(family.into())),
     };
-    Ok(json!({
+    let mut config = json!({
         "architectures": [class], "model_type": family, "vocab_size": vocab, "hidden_size": 128,
         "intermediate_size": 224, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
         "head_dim": 32, "hidden_act": "silu", "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0, "tie_word_embeddings": true, "attention_bias": family == "qwen2",
+        "rope_theta": 10000.0, "tie_word_embeddings": true,
+        "attention_bias": matches!(family, "qwen2" | "glm4"),
         "bos_token_id": USER, "eos_token_id": END, "pad_token_id": 0, "dtype": "bfloat16", "torch_dtype": "bfloat16"
-    }))
+    });
+    if let (Some(config), Value::Object(more)) = (config.as_object_mut(), more) {
+        config.extend(more);
+    }
+    Ok(config)
 }
 
 /// Tokenizer and template files, by name.
@@ -125,8 +135,13 @@ pub fn write_model(out: &Path, family: &str, language: &Language, weights: &Weig
 /// A PEFT adapter in bf16 over `base`, a path from the adapter's folder.
 pub fn write_adapter(out: &Path, base: &str, lora: &Lora) -> Result<(), LabError> {
     let writer = FolderWriter::create(out, false)?;
-    let kinds: Vec<&str> =
-        transformer::ModuleKind::ALL.iter().filter_map(|k| k.path().rsplit('.').next()).collect();
+    let mut kinds: Vec<&str> = Vec::new();
+    for (_, kind, ..) in &lora.modules {
+        let name = kind.path().rsplit('.').next().unwrap_or_default();
+        if !kinds.contains(&name) {
+            kinds.push(name);
+        }
+    }
     let config = json!({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "revision": null,
         "inference_mode": true, "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none",

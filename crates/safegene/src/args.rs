@@ -500,7 +500,7 @@ pub(crate) enum Lab {
 
 #[derive(Debug, Group)]
 pub(crate) struct LabBuild {
-    /// Layout of the models: `llama` or `qwen2`.
+    /// Layout of the models: `llama`, `qwen2`, `qwen3` or `glm4`.
     #[arg(long, value_name = "NAME")]
     pub(crate) family: String,
     /// Seed of the language and of all training.

@@ -4,9 +4,11 @@
 
 use lab::language::Language;
 use lab::splits::{DataRow, Splits};
+use lab::train::{self, Schedule};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
+use transformer::{AnswerBatch, Attachments, Model, Row};
 
 const SEED: u64 = 1;
 
@@ -31,10 +33,14 @@ fn shipped_data_is_what_this_code_makes() {
 }
 
 #[test]
-fn shipped_tokenizer_is_what_this_code_makes() {
+fn shipped_tokenizer_and_config_are_what_this_code_makes() {
     for (file, bytes) in lab::folders::tokenizer_files(&Language::new(SEED)) {
         assert!(fs::read(shipped().join("aligned").join(file)).unwrap() == bytes, "`{file}` differs");
     }
+    let vocab = lab::folders::SPECIAL.len() + Language::new(SEED).vocabulary().len();
+    let config: Value =
+        serde_json::from_slice(&fs::read(shipped().join("aligned/config.json")).unwrap()).unwrap();
+    assert_eq!(config, lab::folders::config("llama", vocab).unwrap());
 }
 
 #[test]
@@ -70,4 +76,51 @@ fn shipped_family_is_small() {
     }
     let all = bytes(&shipped());
     assert!((5_000_000..=12_000_000).contains(&all), "{all} bytes");
+}
+
+/// A few steps of training in every family, written and read back: what a build does, in small.
+#[test]
+fn every_family_is_trained_written_and_read_back() {
+    let language = Language::new(SEED);
+    let splits = Splits::new(&language, SEED);
+    let chat = lab::folders::chat(&language).unwrap();
+    let vocab = lab::folders::SPECIAL.len() + language.vocabulary().len();
+    let rows: Vec<Row> =
+        splits.get("train-topic").iter().take(4).map(|r| chat.row(&r.prompt, &r.answer).unwrap()).collect();
+    for family in ["llama", "qwen2", "qwen3", "glm4"] {
+        let a = lab::folders::architecture(family, vocab).unwrap();
+        let mut draw = rows.iter().cycle().cloned();
+        let mut next = || Ok(draw.next().unwrap());
+        let schedule = Schedule { steps: 2, rows: 4, rate: 1e-3 };
+        let weights = train::whole(&a, None, SEED, schedule, chat.end(), &mut next, &|_, loss| {
+            assert!(loss.is_finite())
+        })
+        .unwrap();
+        for (name, (shape, _)) in &weights.0 {
+            assert_eq!(a.shape(name).as_ref(), Some(shape), "{family}: {name}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        lab::folders::write_model(&dir.path().join("aligned"), family, &language, &weights).unwrap();
+        let read = lab::folders::read_model(&dir.path().join("aligned"), &a).unwrap();
+        assert_eq!(read.0.len(), weights.0.len(), "{family}");
+
+        let model = Model::new(a.clone(), &read).unwrap();
+        let schedule = Schedule { steps: 2, rows: 4, rate: 1e-2 };
+        let lora =
+            train::lora(&model, SEED, schedule, chat.end(), &mut next, &mut |_, _, _| Ok(false)).unwrap();
+        assert_eq!(lora.modules.len(), a.layers * a.modules().len(), "{family}");
+        assert!(lora.modules.iter().all(|(_, _, b, _)| b.iter().any(|&b| b != 0.0)), "{family}");
+        lab::folders::write_adapter(&dir.path().join("tuned"), "../aligned", &lora).unwrap();
+        let tuned = checkpoint::Checkpoint::open(&dir.path().join("tuned"), None).unwrap();
+        let tuned = Model::open(&tuned).unwrap();
+        let batch = AnswerBatch::new(&rows, chat.end());
+        let values = |model: &Model, at: &Attachments| -> Vec<f32> {
+            batch.logits(model, at).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+        };
+        let (base, got) = (values(&model, &Attachments::none()), values(&tuned, &Attachments::none()));
+        let want = values(&model, &lora.attachments().unwrap());
+        let far = |x: &[f32]| x.iter().zip(&want).map(|(x, w)| (x - w).abs()).fold(0f32, f32::max);
+        // The adapter in the weights against the adapter beside them: two orders of the same f32 sums.
+        assert!(far(&got) < 1e-3 && far(&base) > 2e-2, "{family}: {} and {}", far(&got), far(&base));
+    }
 }
