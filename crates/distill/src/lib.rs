@@ -1,9 +1,11 @@
-//! Stages that run models: so far, calibration of a gene's coefficients in a target.
+//! Stages that run models: a gene distilled from drifts, its layers selected, its coefficients calibrated in a target.
 //!
 //! | file | question |
 //! |---|---|
 //! | `sqp.rs` | what is the best point of a few smooth functions over a box? |
 //! | `gene.rs` | how does a gene hang on a model? |
+//! | `distillation.rs` | which factors make several drifts refuse again, and move nothing else? |
+//! | `select.rs` | which layers carry it? |
 //! | `calibrate.rs` | which coefficients does a target need? |
 //!
 //! Not here: files, printing, choosing shots.
@@ -11,6 +13,7 @@
 pub mod calibrate;
 pub mod distillation;
 pub mod gene;
+pub mod select;
 pub mod sqp;
 
 pub use calibrate::{

@@ -11,6 +11,7 @@ mod adapter;
 mod error;
 mod expression;
 mod family;
+mod made;
 mod manifest;
 mod peft;
 mod read;
@@ -21,6 +22,7 @@ pub use adapter::{AdapterReport, Expressed, adapter_into, write_adapter};
 pub use error::{GeneError, Result};
 pub use expression::{Expression, check_coefficients};
 pub use family::{check_family, fingerprint, fingerprint_of};
+pub use made::{MadeFactors, Origin, write_made, write_selected};
 pub use manifest::{
     ADAPTER_FILE, Class, Family, GeneManifest, LayerEntry, MANIFEST_FILE, ManifestParts, Module, REST_FILE,
     RestEntry, SCHEMA, Source, Sources,

@@ -33,6 +33,7 @@ pub struct GeneWriter {
     seen: BTreeSet<String>,
     factor_tensors: BTreeMap<String, (Dtype, Vec<u64>, Slot)>,
     rest_tensors: BTreeMap<String, (Dtype, Vec<u64>, Slot)>,
+    layers: Option<Vec<LayerEntry>>,
 }
 
 impl GeneWriter {
@@ -52,6 +53,7 @@ impl GeneWriter {
             seen: BTreeSet::new(),
             factor_tensors: BTreeMap::new(),
             rest_tensors: BTreeMap::new(),
+            layers: None,
         })
     }
 
@@ -191,6 +193,18 @@ impl GeneWriter {
         self.list(name, layer, shape, class, energy)
     }
 
+    /// Counts tensors that are equal, are no linear modules and need not be named.
+    pub(crate) fn count_unchanged(&mut self, n: u64) {
+        if n > 0 {
+            *self.classes.entry(Class::Unchanged).or_default() += n;
+        }
+    }
+
+    /// Says what each layer scored and whether it stays, in place of the list of those that hold something.
+    pub(crate) fn keep_layers(&mut self, layers: Vec<LayerEntry>) {
+        self.layers = Some(layers);
+    }
+
     /// Writes a further file, such as `log.json`. It is no part of the gene's content.
     pub fn file(&self, name: &str, bytes: &[u8]) -> Result<()> {
         if [MANIFEST_FILE, ADAPTER_FILE, REST_FILE, "adapter_config.json"].contains(&name) {
@@ -209,6 +223,7 @@ impl GeneWriter {
             classes,
             factor_tensors,
             rest_tensors,
+            layers,
             ..
         } = self;
         if factor_tensors.is_empty() && rest_tensors.is_empty() {
@@ -216,7 +231,10 @@ impl GeneWriter {
         }
         modules.sort_by(|a, b| (a.layer, &a.name).cmp(&(b.layer, &b.name)));
         rest.sort_by(|a, b| a.name.cmp(&b.name));
-        let manifest = manifest(parts, classes, modules, rest)?;
+        let mut manifest = manifest(parts, classes, modules, rest)?;
+        if let Some(layers) = layers {
+            manifest.layers = layers;
+        }
 
         write_tensors(&folder, &mut spill, ADAPTER_FILE, &factor_tensors)?;
         if !rest_tensors.is_empty() {

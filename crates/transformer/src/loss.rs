@@ -60,6 +60,12 @@ impl AnswerBatch {
         &self.predictors
     }
 
+    /// The rows of `[rows * tokens, width]` that predict an answer token.
+    pub fn at_predictors(&self, states: &Tensor) -> Result<Tensor, ModelError> {
+        let rows = Tensor::from_slice(&self.predictors, self.predictors.len(), states.device())?;
+        Ok(states.index_select(&rows, 0)?)
+    }
+
     /// Of [`Self::logits`], the rows that predict a first answer token: `[rows, vocab]`.
     pub fn first_logits(&self, logits: &Tensor) -> Result<Tensor, ModelError> {
         let firsts = Tensor::from_slice(&self.firsts, self.firsts.len(), logits.device())?;

@@ -268,6 +268,35 @@ impl Model {
         self.last_norm(&x)
     }
 
+    /// [`Self::hidden`] from what goes into `layer` on: `x` is `[rows * tokens, hidden]`.
+    pub fn hidden_from(
+        &self,
+        batch: &Batch,
+        layer: usize,
+        x: &Tensor,
+        attachments: &Attachments,
+    ) -> Result<Tensor, ModelError> {
+        attachments.check(&self.architecture)?;
+        let place = self.place(batch, 0)?;
+        let mut x = x.clone();
+        for layer in layer..self.blocks.len() {
+            x = self.block(layer, &x, &place, attachments, None)?;
+        }
+        self.last_norm(&x)
+    }
+
+    /// What comes out of one block, of what goes into it: both `[rows * tokens, hidden]`.
+    pub fn block_alone(
+        &self,
+        batch: &Batch,
+        layer: usize,
+        x: &Tensor,
+        attachments: &Attachments,
+    ) -> Result<Tensor, ModelError> {
+        attachments.check(&self.architecture)?;
+        self.block(layer, x, &self.place(batch, 0)?, attachments, None)
+    }
+
     /// Where the tokens of a batch stand, `past` tokens having been read before.
     pub(crate) fn place(&self, batch: &Batch, past: usize) -> Result<Place, ModelError> {
         let (rows, tokens) = (batch.rows(), batch.tokens);
