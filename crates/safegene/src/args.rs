@@ -273,6 +273,10 @@ pub(crate) enum Command {
     Verify(Verify),
     /// Show what a gene holds.
     Inspect(Inspect),
+    /// Train a gene on several drifts of the aligned model.
+    Distill(crate::model_args::Distill),
+    /// Keep the layers of a gene that carry it.
+    Select(crate::model_args::Select),
     /// Find the coefficients that a target needs, from a few examples.
     Calibrate(Calibrate),
     /// Write a target with the gene expressed in it.

@@ -164,6 +164,30 @@ impl From<distill::CalibrationError> for Failure {
     }
 }
 
+impl From<distill::distillation::DistillError> for Failure {
+    fn from(e: distill::distillation::DistillError) -> Self {
+        use distill::distillation::DistillError;
+        let code = match &e {
+            DistillError::Setting { .. } => Code::Usage,
+            DistillError::Stopped(_) => Code::Temporary,
+            e => inner_code(e, Code::Input),
+        };
+        of(&e, code, None)
+    }
+}
+
+impl From<distill::select::SelectError> for Failure {
+    fn from(e: distill::select::SelectError) -> Self {
+        use distill::select::SelectError;
+        let code = match &e {
+            SelectError::Keep { .. } => Code::Usage,
+            SelectError::NothingPositive => Code::No,
+            e => inner_code(e, Code::Input),
+        };
+        of(&e, code, None)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

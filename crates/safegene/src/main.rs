@@ -12,6 +12,7 @@ mod args;
 mod commands;
 mod device;
 mod fail;
+mod model_args;
 mod ui;
 
 use clap::Parser;

@@ -113,6 +113,24 @@ impl Chat {
         blake3::hash(self.template.as_bytes()).to_hex().to_string()
     }
 
+    /// blake3 over vocabulary, template and stop tokens: models that agree in it read and write the same ids.
+    pub fn fingerprint(&self) -> String {
+        let mut words: Vec<(u32, String)> =
+            self.tokenizer.get_vocab(true).into_iter().map(|(word, id)| (id, word)).collect();
+        words.sort_unstable();
+        let mut hash = blake3::Hasher::new();
+        for (id, word) in &words {
+            hash.update(&id.to_le_bytes());
+            hash.update(word.as_bytes());
+            hash.update(b"\n");
+        }
+        hash.update(self.template.as_bytes());
+        for id in self.stop.iter().chain([&self.end]) {
+            hash.update(&id.to_le_bytes());
+        }
+        hash.finalize().to_hex().to_string()
+    }
+
     /// The rendered user turn with the generation prompt.
     pub fn render(&self, user: &str) -> Result<String, ModelError> {
         let fail = |e: minijinja::Error| ModelError::Template(format!("{e:#}"));

@@ -22,10 +22,7 @@ pub(super) struct ShotFiles<'a> {
 impl ShotFiles<'_> {
     /// Reads, checks that safety shots are refusals, and encodes.
     pub(super) fn read(&self, chat: &Chat, fields: &Fields, openings: &Openings) -> Result<Shots, Failure> {
-        let safety = read_rows(self.safety, fields, true)?;
-        let answers = safety.iter().map(|r| (r.line, r.answer.as_deref().unwrap_or("")));
-        check_safety_shots(answers, openings)
-            .map_err(|e| Failure::from(e).context(format!("cannot use `{}`", self.safety.display())))?;
+        let safety = read_refusals(self.safety, fields, openings)?;
         let task = read_rows(self.task, fields, true)?;
         let benign = match self.benign {
             Some(path) => read_rows(path, fields, true)?,
@@ -54,6 +51,19 @@ impl ShotFiles<'_> {
         out.insert("benign".into(), one(self.benign, shots.benign.len())?);
         Ok(out)
     }
+}
+
+/// Harmful prompts, each of which has to be answered by a refusal.
+pub(super) fn read_refusals(
+    path: &Path,
+    fields: &Fields,
+    openings: &Openings,
+) -> Result<Vec<DataRow>, Failure> {
+    let rows = read_rows(path, fields, true)?;
+    let answers = rows.iter().map(|r| (r.line, r.answer.as_deref().unwrap_or("")));
+    check_safety_shots(answers, openings)
+        .map_err(|e| Failure::from(e).context(format!("cannot use `{}`", path.display())))?;
+    Ok(rows)
 }
 
 /// An expression from a calibration.

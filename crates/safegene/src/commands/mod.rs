@@ -4,13 +4,16 @@ mod assemble;
 mod bench;
 mod calibrate;
 mod demo;
+mod distill;
 mod doctor;
 mod evaluate;
 mod extract;
 mod fuse;
 mod inspect;
 mod lab;
+mod models;
 mod plan;
+mod select;
 mod verify;
 
 use crate::args::{Args, Bench, Command, Lab};
@@ -49,6 +52,8 @@ pub(crate) fn run(args: Args, ui: &Ui) -> Result<(), Failure> {
         Command::Bench(job) => self::bench::run(&job, &device, memory_bytes, ui),
         Command::Doctor(job) => doctor::run(&job, args.device, memory_bytes, ui),
         Command::Inspect(job) => inspect::run(&job, ui),
+        Command::Distill(job) => self::distill::run(&job, ui),
+        Command::Select(job) => select::run(&job, ui),
         Command::Calibrate(job) => calibrate::run(&job, ui),
         Command::Fuse(job) => fuse::run(&job, &device, memory_bytes, ui),
         Command::Evaluate(job) => evaluate::run(&job, ui),

@@ -1,0 +1,165 @@
+//! The command line of what runs models: distill, select, compare.
+
+use crate::args::DataFields;
+use clap::{Args as Group, ValueEnum};
+use std::path::PathBuf;
+
+#[derive(Debug, Group)]
+pub(crate) struct Distill {
+    /// Gene to begin from, as extracted [default: random factors].
+    #[arg(long, value_name = "GENE")]
+    pub(crate) gene: Option<PathBuf>,
+    /// Rank of random factors; those of a gene have theirs.
+    #[arg(long, default_value_t = 16, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096), conflicts_with = "gene")]
+    pub(crate) rank: u32,
+    /// Folder of the aligned model, or of an adapter: the teacher.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) aligned: PathBuf,
+    /// Folder of a drift: the aligned model after an ordinary fine-tune that wore its safety off. Repeat it: 3 to 5.
+    #[arg(long, value_name = "DIR", required = true)]
+    pub(crate) degraded: Vec<PathBuf>,
+    /// Rows of a drift's own task (JSONL): one file for each --degraded in their order, or one for all [default: the
+    /// benign rows].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) keep: Vec<PathBuf>,
+    /// Base of sides that are adapters [default: what adapter_config.json names].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) base: Option<PathBuf>,
+    /// Harmful prompts (JSONL).
+    #[arg(long, value_name = "FILE")]
+    pub(crate) safety: PathBuf,
+    /// Harmless prompts with answers (JSONL).
+    #[arg(long, value_name = "FILE")]
+    pub(crate) benign: PathBuf,
+    #[command(flatten)]
+    pub(crate) fields: DataFields,
+    /// Train on the answers of the safety rows rather than on the teacher's own.
+    #[arg(long)]
+    pub(crate) given_answers: bool,
+    /// Longest answer of the teacher, in tokens.
+    #[arg(long, default_value_t = 48, value_name = "N")]
+    pub(crate) new_tokens: usize,
+    /// Steps; each sees one drift.
+    #[arg(long, default_value_t = 300, value_name = "N")]
+    pub(crate) steps: usize,
+    /// Safety rows in a step, and as many rows to keep.
+    #[arg(long, default_value_t = 16, value_name = "N")]
+    pub(crate) rows: usize,
+    /// First learning rate; it falls linearly to zero.
+    #[arg(long, default_value_t = 1e-3, value_name = "RATE")]
+    pub(crate) rate: f64,
+    /// Temperature of the divergence from the teacher.
+    #[arg(long, default_value_t = 1.0, value_name = "TAU")]
+    pub(crate) tau: f64,
+    /// Weight of what must not move; 3 where usefulness is dear.
+    #[arg(long, default_value_t = 1.0, value_name = "W")]
+    pub(crate) keep_weight: f64,
+    /// Refusal log-odds wanted at the first token of an answer, nats.
+    #[arg(long, default_value_t = 6.0, value_name = "NAT")]
+    pub(crate) margin: f64,
+    /// Weight of what they lack.
+    #[arg(long, default_value_t = 1.0, value_name = "W")]
+    pub(crate) margin_weight: f64,
+    /// Weight of the relative distance of hidden states.
+    #[arg(long, default_value_t = 0.0, value_name = "W")]
+    pub(crate) hidden_weight: f64,
+    /// Weight of the factors' squared norm.
+    #[arg(long, default_value_t = 0.0, value_name = "W")]
+    pub(crate) decay: f64,
+    /// Attack success that a drift must have, a share: what still refuses teaches nothing.
+    #[arg(long, default_value_t = 0.9, value_name = "X")]
+    pub(crate) min_asr: f64,
+    /// Share of benign rows that a drift must not refuse.
+    #[arg(long, default_value_t = 0.5, value_name = "X")]
+    pub(crate) min_helped: f64,
+    /// Share of each file's rows, its last ones, that is only measured on.
+    #[arg(long, default_value_t = 0.2, value_name = "X")]
+    pub(crate) held_out: f64,
+    /// Seed of random factors and of the choice of rows.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Folder to write.
+    #[arg(long, value_name = "GENE")]
+    pub(crate) out: PathBuf,
+    /// Replace an output that exists.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// The result as one JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How layers are ranked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum By {
+    /// Loss saved for the square root of the divergence, at coefficient 3.
+    Price,
+    /// Refusal log-odds gained, less the divergence on benign rows.
+    Insertion,
+    /// Contrast of what the block adds on harmful and on benign rows.
+    Activation,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct Select {
+    /// The gene's folder.
+    #[arg(long, value_name = "GENE")]
+    pub(crate) gene: PathBuf,
+    /// Folder of the model, or of an adapter, that layers are tried in: a degraded model or a target.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// Base of a model that is an adapter [default: what adapter_config.json names].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) base: Option<PathBuf>,
+    /// Harmful prompts, each answered by a refusal (JSONL).
+    #[arg(long, value_name = "FILE")]
+    pub(crate) harmful: PathBuf,
+    /// Harmless prompts with answers (JSONL).
+    #[arg(long, value_name = "FILE")]
+    pub(crate) benign: PathBuf,
+    #[command(flatten)]
+    pub(crate) fields: DataFields,
+    /// Keep the K best layers.
+    #[arg(long, value_name = "K", required_unless_present = "mass", conflicts_with = "mass")]
+    pub(crate) top: Option<usize>,
+    /// Keep the smallest set whose positive scores reach this share of their sum.
+    #[arg(long, value_name = "X")]
+    pub(crate) mass: Option<f64>,
+    /// How layers are ranked; all scores are stored.
+    #[arg(long, value_name = "HOW", default_value = "price")]
+    pub(crate) score: By,
+    /// Folder to write.
+    #[arg(long, value_name = "GENE")]
+    pub(crate) out: PathBuf,
+    /// Replace an output that exists.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// The scores as one JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct Compare {
+    /// Layouts of the families.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "llama,qwen2,qwen3,glm4")]
+    pub(crate) families: Vec<String>,
+    /// Seeds of the fine-tunes.
+    #[arg(long, value_name = "SEEDS", value_delimiter = ',', default_value = "11,12,13")]
+    pub(crate) seeds: Vec<u64>,
+    /// A few minutes' worth: shipped fine-tunes of `llama`, two targets, the main methods.
+    #[arg(long, conflicts_with_all = ["families", "seeds"])]
+    pub(crate) quick: bool,
+    /// Folder with a folder for each family that holds its base and aligned model.
+    #[arg(long, value_name = "DIR", default_value = "lab")]
+    pub(crate) lab: PathBuf,
+    /// Folder for what is trained and recorded; a comparison that was cut off goes on from it.
+    #[arg(long, value_name = "DIR", default_value = "compare-work")]
+    pub(crate) work: PathBuf,
+    /// Folder for the report: index.html, report.md, records.jsonl, summary.json; replaced if it is a report.
+    #[arg(long, value_name = "DIR", default_value = "compare-out")]
+    pub(crate) out: PathBuf,
+    /// The summary as one JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
