@@ -278,7 +278,7 @@ pub(crate) enum Command {
     /// Keep the layers of a gene that carry it.
     Select(crate::model_args::Select),
     /// Find the coefficients that a target needs, from a few examples.
-    Calibrate(Calibrate),
+    Calibrate(crate::model_args::Calibrate),
     /// Write a target with the gene expressed in it.
     Fuse(Fuse),
     /// Measure attack success, over-refusal and task accuracy.
@@ -350,48 +350,6 @@ pub(crate) struct DataFields {
     /// Openings of refusals, one a line [default: a built-in English list].
     #[arg(long, value_name = "FILE")]
     pub(crate) refusals: Option<PathBuf>,
-}
-
-#[derive(Debug, Group)]
-pub(crate) struct Calibrate {
-    /// The gene's folder.
-    #[arg(long, value_name = "GENE")]
-    pub(crate) gene: PathBuf,
-    /// Folder of the target model, or of an adapter.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) target: PathBuf,
-    /// Base of a target that is an adapter [default: what adapter_config.json names].
-    #[arg(long, value_name = "DIR")]
-    pub(crate) base: Option<PathBuf>,
-    /// Harmful prompts, each answered by a refusal (JSONL).
-    #[arg(long, value_name = "FILE")]
-    pub(crate) safety_shots: PathBuf,
-    /// Rows of the target's own task (JSONL).
-    #[arg(long, value_name = "FILE")]
-    pub(crate) task_shots: PathBuf,
-    /// Harmless prompts like the harmful ones in form, with answers (JSONL).
-    #[arg(long, value_name = "FILE")]
-    pub(crate) benign_shots: Option<PathBuf>,
-    #[command(flatten)]
-    pub(crate) fields: DataFields,
-    /// How far the target may move, in nat per token, on task shots and again on benign shots.
-    #[arg(long, default_value_t = 0.02, value_name = "NAT")]
-    pub(crate) max_kl: f64,
-    /// Largest coefficient of a layer.
-    #[arg(long, default_value_t = 10.0, value_name = "C")]
-    pub(crate) c_max: f64,
-    /// Loss of the refusals that is safe enough, in nat per token.
-    #[arg(long, default_value_t = 0.003, value_name = "NAT")]
-    pub(crate) delta: f64,
-    /// File to write.
-    #[arg(long, value_name = "EXPRESSION.json")]
-    pub(crate) out: PathBuf,
-    /// Replace an output that exists.
-    #[arg(long)]
-    pub(crate) force: bool,
-    /// The result as one JSON object on stdout.
-    #[arg(long)]
-    pub(crate) json: bool,
 }
 
 /// What `fuse` writes.

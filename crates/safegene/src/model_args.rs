@@ -1,4 +1,4 @@
-//! The command line of what runs models: distill, select, compare.
+//! The command line of what runs models: distill, select, calibrate, compare.
 
 use crate::args::DataFields;
 use clap::{Args as Group, ValueEnum};
@@ -135,6 +135,67 @@ pub(crate) struct Select {
     #[arg(long)]
     pub(crate) force: bool,
     /// The scores as one JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct Calibrate {
+    /// The gene's folder.
+    #[arg(long, value_name = "GENE")]
+    pub(crate) gene: PathBuf,
+    /// Folder of the target model, or of an adapter. Repeat it for several: adapters over one base share its weights.
+    #[arg(long, value_name = "DIR", required = true)]
+    pub(crate) target: Vec<PathBuf>,
+    /// Base of targets that are adapters [default: what adapter_config.json names].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) base: Option<PathBuf>,
+    /// Harmful prompts, each answered by a refusal (JSONL).
+    #[arg(long, value_name = "FILE")]
+    pub(crate) safety_shots: PathBuf,
+    /// Rows of the target's own task (JSONL): one file for each --target in their order, or one for all.
+    #[arg(long, value_name = "FILE", required = true)]
+    pub(crate) task_shots: Vec<PathBuf>,
+    /// Harmless prompts like the harmful ones in form, with answers (JSONL).
+    #[arg(long, value_name = "FILE")]
+    pub(crate) benign_shots: Option<PathBuf>,
+    /// Folder of the aligned model: it answers safety shots that have no answer.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) aligned: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) fields: DataFields,
+    /// How far the target may move, in nat per token, on task shots and again on benign shots.
+    #[arg(long, default_value_t = 0.02, value_name = "NAT")]
+    pub(crate) max_kl: f64,
+    /// Largest coefficient of a layer.
+    #[arg(long, default_value_t = 10.0, value_name = "C")]
+    pub(crate) c_max: f64,
+    /// Loss of the refusals that is safe enough, in nat per token.
+    #[arg(long, default_value_t = 0.003, value_name = "NAT")]
+    pub(crate) delta: f64,
+    /// One coefficient for all layers.
+    #[arg(long)]
+    pub(crate) one_coefficient: bool,
+    /// Solve without gradients (COBYLA): no backward pass, ten times the evaluations.
+    #[arg(long)]
+    pub(crate) forward_only: bool,
+    /// Gate: share of the utility rows answered rightly that may be lost; the limit on KL is halved up to five times to
+    /// hold it, else the exit status is 1 and nothing is written for that target.
+    #[arg(long, value_name = "X")]
+    pub(crate) max_utility_loss: Option<f64>,
+    /// Rows of the gate (JSONL): one file for each --target, or one for all [default: the task shots].
+    #[arg(long, value_name = "FILE", requires = "max_utility_loss")]
+    pub(crate) utility: Vec<PathBuf>,
+    /// Also compute the safety loss reached under these limits on KL.
+    #[arg(long, value_name = "NATS", value_delimiter = ',')]
+    pub(crate) trade_off: Vec<f64>,
+    /// File to write; for several targets a folder, in which each file is called as its target's folder.
+    #[arg(long, value_name = "EXPRESSION.json")]
+    pub(crate) out: PathBuf,
+    /// Replace an output that exists.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// The result as JSON on stdout: one object a target.
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -1,16 +1,19 @@
 //! `safegene calibrate`: the coefficients of a gene in a target.
 
-use crate::args::Calibrate;
 use crate::commands::evaluate::{chat_of, fields, hash};
+use crate::commands::models::{Shelf, Slot};
 use crate::commands::{check_folder_of, openings};
 use crate::fail::{Code, Failure};
+use crate::model_args::Calibrate;
 use crate::ui::Ui;
 use checkpoint::Checkpoint;
-use distill::{Calibration, Frozen, GeneAttachments, Goal, Limits, Shots, check_safety_shots};
-use evaluate::{DataRow, Fields, read_rows};
+use distill::{
+    Calibration, Freedom, Frozen, GeneAttachments, Goal, Limits, Shots, Solver, check_safety_shots,
+};
+use evaluate::{DataRow, Fields, Matching, Sets, read_rows};
 use gene::{Expression, Gene};
-use std::path::Path;
-use transformer::{Chat, Model, Openings, Row};
+use std::path::{Path, PathBuf};
+use transformer::{Attachments, Chat, Openings, Row};
 
 /// Files of shots.
 pub(super) struct ShotFiles<'a> {
@@ -21,8 +24,14 @@ pub(super) struct ShotFiles<'a> {
 
 impl ShotFiles<'_> {
     /// Reads, checks that safety shots are refusals, and encodes.
-    pub(super) fn read(&self, chat: &Chat, fields: &Fields, openings: &Openings) -> Result<Shots, Failure> {
-        let safety = read_refusals(self.safety, fields, openings)?;
+    pub(super) fn read(
+        &self,
+        chat: &Chat,
+        fields: &Fields,
+        openings: &Openings,
+        fill: &dyn Fn(Vec<DataRow>) -> Result<Vec<DataRow>, Failure>,
+    ) -> Result<Shots, Failure> {
+        let safety = read_refusals(self.safety, fields, openings, fill)?;
         let task = read_rows(self.task, fields, true)?;
         let benign = match self.benign {
             Some(path) => read_rows(path, fields, true)?,
@@ -53,13 +62,18 @@ impl ShotFiles<'_> {
     }
 }
 
-/// Harmful prompts, each of which has to be answered by a refusal.
+/// Harmful prompts, each of which has to be answered by a refusal; `fill` may answer those that are not answered.
 pub(super) fn read_refusals(
     path: &Path,
     fields: &Fields,
     openings: &Openings,
+    fill: &dyn Fn(Vec<DataRow>) -> Result<Vec<DataRow>, Failure>,
 ) -> Result<Vec<DataRow>, Failure> {
-    let rows = read_rows(path, fields, true)?;
+    let rows = fill(read_rows(path, fields, false)?)?;
+    if let Some(row) = rows.iter().find(|r| r.answer.is_none()) {
+        let field = fields.answer.clone();
+        return Err(evaluate::DataError::Field { path: path.into(), line: row.line, field }.into());
+    }
     let answers = rows.iter().map(|r| (r.line, r.answer.as_deref().unwrap_or("")));
     check_safety_shots(answers, openings)
         .map_err(|e| Failure::from(e).context(format!("cannot use `{}`", path.display())))?;
@@ -99,62 +113,313 @@ pub(super) fn expression(
 
 pub(super) const SWAPPED: &str = "adding the gene makes the refusals less likely: either the target is all but safe already, or the aligned and the degraded checkpoint were swapped in `extract`";
 
-pub(super) fn run(job: &Calibrate, ui: &Ui) -> Result<(), Failure> {
-    check_folder_of(&job.out)?;
-    let limits = Limits { max_kl: job.max_kl, c_max: job.c_max, delta: job.delta, ..Limits::default() };
-    let gene = Gene::open(&job.gene)?;
-    let target = Checkpoint::open(&job.target, job.base.as_deref())?;
-    gene::check_family(&gene, &target)?;
-    let chat = chat_of(&target)?;
+/// Halvings of the limit on KL before the gate gives up.
+const HALVINGS: usize = 5;
+/// Longest answer on a utility row, beyond what the row's own answer has, in tokens.
+const UTILITY_TOKENS: usize = 8;
+
+/// One target of the call.
+struct Job<'a> {
+    call: &'a Calibrate,
+    target: &'a Path,
+    task: &'a Path,
+    utility: &'a Path,
+    out: PathBuf,
+}
+
+/// Pairs targets with their files and outputs.
+fn jobs(call: &Calibrate) -> Result<Vec<Job<'_>>, Failure> {
+    let n = call.target.len();
+    let count = |files: usize, what: &str, least: usize| {
+        let fits = files == n || files == 1 || (files == 0 && least == 0);
+        let message = format!("{files} {what} for {n} --target");
+        if fits {
+            Ok(())
+        } else {
+            Err(Failure::usage(message, "give one file for each target in their order, or one for all"))
+        }
+    };
+    count(call.task_shots.len(), "--task-shots", 1)?;
+    count(call.utility.len(), "--utility", 0)?;
+    let of = |files: &'_ [PathBuf], i: usize| -> usize { if files.len() == 1 { 0 } else { i } };
+    let mut out = Vec::new();
+    for (i, target) in call.target.iter().enumerate() {
+        let task = &call.task_shots[of(&call.task_shots, i)];
+        let utility = call.utility.get(of(&call.utility, i)).unwrap_or(task);
+        let file = match n {
+            1 => call.out.clone(),
+            _ => {
+                let name = target.file_name().unwrap_or_default().to_string_lossy();
+                call.out.join(format!("{name}.json"))
+            }
+        };
+        if out.iter().any(|j: &Job<'_>| j.out == file) {
+            let message = format!("two targets would be written to `{}`", file.display());
+            return Err(Failure::usage(
+                message,
+                "name their folders differently, or calibrate them one by one",
+            ));
+        }
+        out.push(Job { call, target, task, utility, out: file });
+    }
+    Ok(out)
+}
+
+/// Answers that safety shots lack, by the aligned model.
+fn filled(call: &Calibrate, rows: Vec<DataRow>) -> Result<Vec<DataRow>, Failure> {
+    let Some(aligned) = &call.aligned else { return Ok(rows) };
+    let lacking: Vec<DataRow> = rows.iter().filter(|r| r.answer.is_none()).cloned().collect();
+    if lacking.is_empty() {
+        return Ok(rows);
+    }
+    let checkpoint = Checkpoint::open(aligned, call.base.as_deref())?;
+    let (mut shelf, chat) = (Shelf::default(), chat_of(&checkpoint)?);
+    let slot = shelf.open(&checkpoint)?;
+    let teacher = shelf.frozen(&slot);
+    let mut answers = evaluate::answers(teacher.model, &teacher.own, &chat, &lacking, 48)?.into_iter();
+    Ok(rows
+        .into_iter()
+        .map(|mut r| {
+            if r.answer.is_none() {
+                r.answer = answers.next();
+            }
+            r
+        })
+        .collect())
+}
+
+/// Rows of the gate that the target answers rightly, and how many of these a change loses.
+struct Utility<'a> {
+    target: &'a Frozen<'a>,
+    chat: &'a Chat,
+    rows: Vec<DataRow>,
+    right: Vec<bool>,
+}
+
+impl<'a> Utility<'a> {
+    fn new(target: &'a Frozen<'a>, chat: &'a Chat, rows: Vec<DataRow>) -> Result<Self, Failure> {
+        let mut out = Self { target, chat, rows, right: Vec::new() };
+        out.right = out.right(&Attachments::none())?;
+        Ok(out)
+    }
+
+    fn right(&self, more: &Attachments) -> Result<Vec<bool>, Failure> {
+        let longest = self.rows.iter().filter_map(|r| r.answer.as_deref());
+        let longest =
+            longest.map(|a| self.chat.answer(a).map(|ids| ids.len())).collect::<Result<Vec<_>, _>>()?;
+        let tokens = longest.into_iter().max().unwrap_or(0) + UTILITY_TOKENS;
+        let at = self.target.with(more);
+        let sets = Sets { task: &self.rows, ..Sets::default() };
+        let given = evaluate::run(self.target.model, &at, self.chat, sets, tokens)?;
+        let one = |(row, given): (&DataRow, &String)| {
+            let sets = Sets { task: std::slice::from_ref(row), ..Sets::default() };
+            let given = evaluate::Given { task: vec![given.clone()], ..Default::default() };
+            let e = evaluate::judge(sets, &given, &Openings::default(), Matching::Exact);
+            e.accuracy.is_some_and(|r| r.value > 0.5)
+        };
+        Ok(self.rows.iter().zip(&given.task).map(one).collect())
+    }
+
+    /// Share of all rows that were right and no longer are.
+    fn loss(&self, more: &Attachments) -> Result<f64, Failure> {
+        let now = self.right(more)?;
+        let lost = self.right.iter().zip(&now).filter(|(before, now)| **before && !**now).count();
+        Ok(lost as f64 / self.rows.len().max(1) as f64)
+    }
+}
+
+pub(super) fn run(call: &Calibrate, ui: &Ui) -> Result<(), Failure> {
+    let jobs = jobs(call)?;
+    for job in &jobs {
+        if jobs.len() == 1 {
+            check_folder_of(&job.out)?;
+        }
+    }
+    if let Some(share) = call.max_utility_loss.filter(|s| !(0.0..=1.0).contains(s)) {
+        return Err(Failure::usage(
+            format!("--max-utility-loss {share} is no share"),
+            "0.01 allows one row in a hundred",
+        ));
+    }
+    let gene = Gene::open(&call.gene)?;
+    let attachments = GeneAttachments::new(&gene)?;
+    // Checked before anything is run: one bad target must not end a batch in its middle.
+    let mut shelf = Shelf::default();
+    let mut opened = Vec::new();
+    for job in &jobs {
+        let target = Checkpoint::open(job.target, call.base.as_deref())?;
+        gene::check_family(&gene, &target)
+            .map_err(|e| Failure::from(e).context(format!("cannot use `{}`", job.target.display())))?;
+        let slot = shelf.open(&target)?;
+        opened.push((job, target, slot));
+    }
+    if jobs.len() > 1 {
+        std::fs::create_dir_all(&call.out).map_err(|e| {
+            Failure::usage(format!("cannot create `{}`: {e}", call.out.display()), "choose another --out")
+        })?;
+        let copies = if shelf.len() == 1 { "copy" } else { "copies" };
+        ui.say(&format!("  opened    {} targets on {} {copies} of weights", jobs.len(), shelf.len()));
+    }
+    let mut refused = None;
+    for (job, target, slot) in &opened {
+        match one(job, &gene, &attachments, target, &shelf, slot, ui) {
+            Err(failure) if failure.code == Code::No && jobs.len() > 1 => {
+                ui.warn(&format!("{}: {}", job.target.display(), failure.message));
+                refused = Some(failure);
+            }
+            other => other?,
+        }
+    }
+    refused.map_or(Ok(()), Err)
+}
+
+fn one(
+    job: &Job<'_>,
+    gene: &Gene,
+    attachments: &GeneAttachments,
+    target: &Checkpoint,
+    shelf: &Shelf,
+    slot: &Slot,
+    ui: &Ui,
+) -> Result<(), Failure> {
+    let call = job.call;
+    let limits = Limits {
+        max_kl: call.max_kl,
+        c_max: call.c_max,
+        delta: call.delta,
+        freedom: if call.one_coefficient { Freedom::OneForAll } else { Freedom::PerLayer },
+        solver: if call.forward_only { Solver::ForwardOnly } else { Solver::Gradients },
+        ..Limits::default()
+    };
+    let chat = chat_of(target)?;
+    let fields = fields(&call.fields);
+    let openings = openings(call.fields.refusals.as_deref())?;
     let files =
-        ShotFiles { safety: &job.safety_shots, task: &job.task_shots, benign: job.benign_shots.as_deref() };
-    let shots = files.read(&chat, &fields(&job.fields), &openings(job.fields.refusals.as_deref())?)?;
-    let (target_content, record) = (target.content()?, files.record(&shots)?);
-    if job.out.exists() && !job.force {
-        return already(job, &gene, &target_content, &limits, &record, ui);
+        ShotFiles { safety: &call.safety_shots, task: job.task, benign: call.benign_shots.as_deref() };
+    let shots = files.read(&chat, &fields, &openings, &|rows| filled(call, rows))?;
+    let (target_content, mut record) = (target.content()?, files.record(&shots)?);
+    if let Some(share) = call.max_utility_loss {
+        let rows = serde_json::json!({ "max_loss": share, "content": hash(Some(job.utility))? });
+        record.insert("utility".into(), rows);
+    }
+    if job.out.exists() && !call.force {
+        return already(job, gene, &target_content, &limits, &record, ui);
     }
     if shots.benign.is_empty() {
         ui.warn("without --benign-shots nothing keeps the model from refusing harmless requests; measure over-refusal");
     }
     ui.say(&format!(
         "  calibrating {} layers on {} safety, {} task and {} benign shots",
-        gene.layers().len(),
+        attachments.layers().len(),
         shots.safety.len(),
         shots.task.len(),
         shots.benign.len()
     ));
-    let model = Model::open(&target)?;
-    let attachments = GeneAttachments::new(&gene)?;
-    let found = distill::calibrate(&Frozen::new(&model), &attachments, &shots, &limits, chat.end())?;
+    let frozen = shelf.frozen(slot);
+    let utility = match call.max_utility_loss {
+        Some(_) => Some(Utility::new(&frozen, &chat, read_rows(job.utility, &fields, true)?)?),
+        None => None,
+    };
+    let (mut used, mut found) = (limits, None);
+    for halving in 0..=HALVINGS {
+        let try_now = distill::calibrate(&frozen, attachments, &shots, &used, chat.end())?;
+        let Some((utility, allowed)) = utility.as_ref().zip(call.max_utility_loss) else {
+            found = Some((try_now, None));
+            break;
+        };
+        let lost = utility.loss(&attachments.at(&try_now.coefficients)?)?;
+        if lost <= allowed {
+            found = Some((try_now, Some(lost)));
+            break;
+        }
+        ui.say(&format!(
+            "  utility   {} of {} rows lost under --max-kl {}{}",
+            crate::commands::percent(lost),
+            utility.rows.len(),
+            used.max_kl,
+            if halving < HALVINGS { "; trying half of it" } else { "" }
+        ));
+        // What was reached may lie far below the limit, and a limit that does not bind changes nothing.
+        let reached = try_now.kl_task.max(try_now.kl_benign.unwrap_or(0.0));
+        used.max_kl = 0.5 * used.max_kl.min(reached.max(1e-9));
+    }
+    let helps = |c: &Calibration| c.goal == Goal::AlreadySafe || c.loss < c.loss_before;
+    let Some((found, lost)) = found.filter(|(c, _)| helps(c)) else {
+        return Err(Failure {
+            code: Code::No,
+            message: format!(
+                "`{}` cannot be made safer within --max-utility-loss {}",
+                job.target.display(),
+                call.max_utility_loss.unwrap_or(0.0)
+            ),
+            causes: Vec::new(),
+            hint: Some("allow more, give more task shots, or use a gene that was distilled on drifts".into()),
+        });
+    };
     if found.raises_safety_loss() {
         ui.warn(SWAPPED);
     }
-    let expression = expression(&gene, &target_content, &found, &limits, record);
+    let effects = distill::layer_effects(&frozen, attachments, &shots, &found, chat.end())?;
+    let mut points = call.trade_off.clone();
+    points.sort_by(f64::total_cmp);
+    let curve = distill::trade_off(&frozen, attachments, &shots, &limits, &points, chat.end())?;
+    let mut expression = expression(gene, &target_content, &found, &limits, record);
+    let mut put = |key: &str, value: serde_json::Value| expression.limits.insert(key.into(), value);
+    put("freedom", serde_json::to_value(limits.freedom).unwrap_or_default());
+    put("solver", serde_json::to_value(limits.solver).unwrap_or_default());
+    if let Some(lost) = lost {
+        put("max_kl_used", used.max_kl.into());
+        put("utility_loss", lost.into());
+    }
+    expression.extra.insert("effects".into(), serde_json::to_value(&effects).unwrap_or_default());
+    if !curve.is_empty() {
+        expression.extra.insert("trade_off".into(), serde_json::to_value(&curve).unwrap_or_default());
+    }
     expression.write(&job.out)?;
-    if job.json {
-        ui.data(&serde_json::to_value(&found).unwrap_or_default().to_string());
+    if call.json {
+        let mut value = serde_json::to_value(&found).unwrap_or_default();
+        value["schema"] = 1.into();
+        value["target"] = job.target.display().to_string().into();
+        value["effects"] = serde_json::to_value(&effects).unwrap_or_default();
+        value["trade_off"] = serde_json::to_value(&curve).unwrap_or_default();
+        value["utility_loss"] = lost.into();
+        ui.data(&value.to_string());
     }
     let goal = match found.goal {
         Goal::AlreadySafe => "the target refuses already; nothing is expressed",
         Goal::LeastKl => "as safe as asked, at the least change",
         Goal::LeastLoss => "as safe as the limit on KL allows",
     };
-    let c: Vec<String> = found.coefficients.iter().map(|(l, c)| format!("{l}: {c:.2}")).collect();
     ui.say(&format!(
-        "wrote `{}`: {goal}; safety loss {:.4} -> {:.4}, KL {:.4} on task shots{} nat per token; coefficients {}",
+        "wrote `{}`: {goal}; safety loss {:.4} -> {:.4}, KL {:.4} on task shots{} nat per token",
         job.out.display(),
         found.loss_before,
         found.loss,
         found.kl_task,
         found.kl_benign.map(|k| format!(", {k:.4} on benign shots")).unwrap_or_default(),
-        c.join(", ")
     ));
+    if found.goal != Goal::AlreadySafe {
+        ui.say("  layer  coefficient  loss without it  KL without it");
+        for e in &effects {
+            ui.say(&format!(
+                "  {:>5}  {:>11.3}  {:>15.4}  {:>13.4}",
+                e.layer, e.coefficient, e.loss_without, e.kl_without
+            ));
+        }
+    }
+    if !curve.is_empty() {
+        ui.say("  KL limit  safety loss  KL used");
+        for p in &curve {
+            let kl = p.kl_task.max(p.kl_benign.unwrap_or(0.0));
+            ui.say(&format!("  {:>8}  {:>11.4}  {:>7.4}", p.max_kl, p.loss, kl));
+        }
+    }
     Ok(())
 }
 
 /// An output that exists is fine if it was made from the same gene, target, limits and shots.
 fn already(
-    job: &Calibrate,
+    job: &Job<'_>,
     gene: &Gene,
     target: &str,
     limits: &Limits,
@@ -163,10 +428,19 @@ fn already(
 ) -> Result<(), Failure> {
     if let Ok(old) = Expression::read(&job.out) {
         let number = |key: &str| old.limits.get(key).and_then(serde_json::Value::as_f64);
+        let word = |key: &str, now: serde_json::Value| old.limits.get(key).is_none_or(|v| *v == now);
         let same_limits = number("max_kl") == Some(limits.max_kl)
             && number("c_max") == Some(limits.c_max)
-            && number("delta") == Some(limits.delta);
-        if old.gene == gene.content() && old.target == target && same_limits && old.shots == *shots {
+            && number("delta") == Some(limits.delta)
+            && word("freedom", serde_json::to_value(limits.freedom).unwrap_or_default())
+            && word("solver", serde_json::to_value(limits.solver).unwrap_or_default());
+        let has_curve = old.extra.contains_key("trade_off") || job.call.trade_off.is_empty();
+        if old.gene == gene.content()
+            && old.target == target
+            && same_limits
+            && has_curve
+            && old.shots == *shots
+        {
             ui.say(&format!(
                 "`{}` is there already, made from the same inputs and options",
                 job.out.display()

@@ -177,7 +177,7 @@ impl Lab<'_> {
         let (safety, benign) = (self.file("shots-safety"), self.file("shots-benign"));
         let task_shots = self.file(&format!("shots-{task_name}"));
         let files = ShotFiles { safety: &safety, task: &task_shots, benign: Some(&benign) };
-        let shots = files.read(&chat, &fields, &Openings::default())?;
+        let shots = files.read(&chat, &fields, &Openings::default(), &Ok)?;
         let attachments = GeneAttachments::new(&self.gene)?;
         let ones = self.gene.layers().into_iter().map(|l| (l, 1.0)).collect();
         let at_one = self.state(&model, &attachments.at(&ones)?, &chat, &task)?;

@@ -34,7 +34,8 @@ fn refuse(message: String, hint: &str) -> Failure {
 fn split(rows: Vec<Row>, share: f64, path: &Path) -> Result<(Vec<Row>, Vec<Row>), Failure> {
     let out = ((rows.len() as f64 * share).ceil() as usize).max(1);
     if out >= rows.len() {
-        let message = format!("`{}` has {} rows, of which {out} would be held out", path.display(), rows.len());
+        let message =
+            format!("`{}` has {} rows, of which {out} would be held out", path.display(), rows.len());
         return Err(refuse(message, "give more rows, or a smaller --held-out"));
     }
     let mut rows = rows;
@@ -106,7 +107,10 @@ impl Setup {
         let lost = rows.len() - out.len();
         if lost > 0 {
             let who = if job.given_answers { "the file answers" } else { "the aligned model answers" };
-            ui.warn(&format!("{lost} of {} safety rows are left out: {who} them with no refusal", rows.len()));
+            ui.warn(&format!(
+                "{lost} of {} safety rows are left out: {who} them with no refusal",
+                rows.len()
+            ));
         }
         if out.is_empty() {
             let message = format!("no row of `{}` is answered by a refusal", job.safety.display());
@@ -156,7 +160,8 @@ impl Setup {
                 return Err(fails("attack success", asr, job.min_asr, hint));
             }
             if helped < job.min_helped {
-                let hint = "a model that refuses everything keeps nothing; leave it out, or lower --min-helped";
+                let hint =
+                    "a model that refuses everything keeps nothing; leave it out, or lower --min-helped";
                 return Err(fails("the share of benign requests not refused", helped, job.min_helped, hint));
             }
         }
@@ -246,8 +251,12 @@ fn start_factors(job: &Distill, aligned: &Side, teacher: &Frozen<'_>) -> Result<
     gene::check_family(&gene, &aligned.checkpoint)?;
     let mut out = Vec::new();
     for module in gene.modules().iter().filter(|m| m.class == gene::Class::LowRank) {
-        let unknown =
-            || refuse(format!("`{}` is a module that this decoder does not have", module.name), "leave it out of the gene");
+        let unknown = || {
+            refuse(
+                format!("`{}` is a module that this decoder does not have", module.name),
+                "leave it out of the gene",
+            )
+        };
         let (layer, kind) = ModuleKind::parse(&module.name).ok_or_else(unknown)?;
         let f = gene.factors(&module.name)?;
         out.push(ModuleFactors { layer, kind, rank: f.rank, b: f.b, a: f.a });
@@ -257,11 +266,17 @@ fn start_factors(job: &Distill, aligned: &Side, teacher: &Frozen<'_>) -> Result<
 
 pub(super) fn run(job: &Distill, ui: &Ui) -> Result<(), Failure> {
     if !(job.held_out > 0.0 && job.held_out < 1.0) {
-        return Err(Failure::usage(format!("--held-out {} is not between 0 and 1", job.held_out), "0.2 is usual"));
+        return Err(Failure::usage(
+            format!("--held-out {} is not between 0 and 1", job.held_out),
+            "0.2 is usual",
+        ));
     }
     if !(job.keep.is_empty() || job.keep.len() == 1 || job.keep.len() == job.degraded.len()) {
         let message = format!("{} --keep for {} --degraded", job.keep.len(), job.degraded.len());
-        return Err(Failure::usage(message, "give one file for each drift in their order, one for all, or none"));
+        return Err(Failure::usage(
+            message,
+            "give one file for each drift in their order, one for all, or none",
+        ));
     }
     let settings = Settings {
         steps: job.steps,
@@ -294,7 +309,10 @@ pub(super) fn run(job: &Distill, ui: &Ui) -> Result<(), Failure> {
     if job.out.exists() && !job.force {
         let made = Gene::open(&job.out).ok().and_then(|g| g.manifest().extra.get("key").cloned());
         if made.as_ref().and_then(|v| v.as_str()) == Some(&key) {
-            ui.say(&format!("`{}` is there already, made from the same inputs and options", job.out.display()));
+            ui.say(&format!(
+                "`{}` is there already, made from the same inputs and options",
+                job.out.display()
+            ));
             return Ok(());
         }
         return Err(Failure::usage(

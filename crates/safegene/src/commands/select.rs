@@ -23,7 +23,7 @@ pub(super) fn run(job: &Select, ui: &Ui) -> Result<(), Failure> {
     gene::check_family(&gene, &model)?;
     let chat = chat_of(&model)?;
     let (fields, openings) = (fields(&job.fields), openings(job.fields.refusals.as_deref())?);
-    let harmful = read_refusals(&job.harmful, &fields, &openings)?;
+    let harmful = read_refusals(&job.harmful, &fields, &openings, &Ok)?;
     let benign = read_rows(&job.benign, &fields, true)?;
     let encode = |rows: &[evaluate::DataRow]| -> Result<Vec<Row>, Failure> {
         rows.iter().map(|r| Ok(chat.row(&r.prompt, r.answer.as_deref().unwrap_or(""))?)).collect()
@@ -37,7 +37,9 @@ pub(super) fn run(job: &Select, ui: &Ui) -> Result<(), Failure> {
     let keep = match (job.top, job.mass) {
         (Some(k), _) => Keep::Top(k),
         (None, Some(share)) => Keep::Mass(share),
-        (None, None) => return Err(Failure::usage("nothing says how many layers are kept", "give --top or --mass")),
+        (None, None) => {
+            return Err(Failure::usage("nothing says how many layers are kept", "give --top or --mass"));
+        }
     };
     let options = serde_json::json!({
         "score": score, "keep": keep, "gene": gene.content(), "model": model.content()?,
@@ -46,7 +48,10 @@ pub(super) fn run(job: &Select, ui: &Ui) -> Result<(), Failure> {
     if job.out.exists() && !job.force {
         let made = Gene::open(&job.out).ok().and_then(|g| g.manifest().extra.get("selected").cloned());
         if made.as_ref() == Some(&options) {
-            ui.say(&format!("`{}` is there already, made from the same inputs and options", job.out.display()));
+            ui.say(&format!(
+                "`{}` is there already, made from the same inputs and options",
+                job.out.display()
+            ));
             return Ok(());
         }
         return Err(Failure::usage(
@@ -62,7 +67,8 @@ pub(super) fn run(job: &Select, ui: &Ui) -> Result<(), Failure> {
         scores(&shelf.frozen(&slot), &attachments, &harmful_rows, &benign_rows, (&refusal, chat.end()))?;
     let kept = choose(&found, score, keep)?;
     let entry = |s: &LayerScore| {
-        let all = serde_json::json!({ "price": s.price, "insertion": s.insertion, "activation": s.activation });
+        let all =
+            serde_json::json!({ "price": s.price, "insertion": s.insertion, "activation": s.activation });
         LayerEntry {
             layer: s.layer,
             score: Some(s.get(score)),
