@@ -106,6 +106,7 @@ fn nothing_below_the_driver_prints_or_reads_the_environment() {
         "stream",
         "transformer",
         "distill",
+        "recover",
         "evaluate",
         "lab",
         "bench",

@@ -1,0 +1,45 @@
+//! The other ways to make a fine-tuned model safe again, each behind one [`Method`], so that they stand in one table.
+//!
+//! [`METHODS`] lists them: name, paper, formula, what each needs, its options and where it departs from its source. A
+//! method with its options is made by [`MethodInfo::build`] from [`Settings`]; [`recover`] opens the [`Inputs`] that it
+//! needs, and writes a folder and a [`Report`].
+//!
+//! | file | question |
+//! |---|---|
+//! | `registry.rs` | which methods are there, and what does each need? |
+//! | `method.rs` | what does a method get, and what does it give? |
+//! | `run.rs` | how does a folder come of it, whole or not at all? |
+//! | `side.rs` | which values has a checkpoint in these rows? |
+//! | `rewrite.rs` | how is a model folder written in which some values are others? |
+//! | `peft.rs` | how is an adapter written in which some factors are others? |
+//! | `algebra.rs` | which products does a method ask of an engine? |
+//! | `resta.rs`, `wise_ft.rs`, `low_rank.rs`, `safe_lora.rs`, `safe_merge.rs` | what does the method do? |
+//!
+//! Weights pass tensor by tensor or in blocks of rows: f32 values, f64 norms and cosines, one rounding to the target's
+//! format. What a method does not touch keeps its bytes, and is counted.
+//!
+//! Not here: genes and coefficients (`distill`), printing, reading data files, and the environment.
+
+#![allow(dead_code)] // until every method is here
+
+mod algebra;
+mod elementwise;
+mod error;
+mod method;
+mod registry;
+mod report;
+mod rewrite;
+mod run;
+mod settings;
+mod side;
+mod wise_ft;
+
+pub use algebra::{Algebra, Difference};
+pub use error::{RecoverError, Result};
+pub use method::{Form, Inputs, Job, Method, Models, Outcome, Outputs, Shot, Shots};
+pub use registry::{METHODS, MethodInfo, Need, OptionInfo, When, by_name};
+pub use report::{Action, ModuleReport, Report, Tensors};
+pub use run::recover;
+pub use settings::Settings;
+pub use side::Side;
+pub use wise_ft::WiseFt;

@@ -1,0 +1,92 @@
+//! What a recovery did, for machines: it is kept in the output's `safegene.json`, and printed with `--json`.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// What a recovery did. Norms are Frobenius norms, not squared.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// 1.
+    pub schema: u32,
+    /// The method's name.
+    pub method: String,
+    /// Its paper, an arXiv id.
+    pub paper: Option<String>,
+    /// Its options, defaults written out.
+    pub options: Map<String, Value>,
+    /// The folders; not part of the record beside the weights.
+    #[serde(default)]
+    pub outputs: Vec<PathBuf>,
+    /// The output was there already, made from the same inputs and options.
+    #[serde(default)]
+    pub already: bool,
+    /// Not one element of the output differs from the target.
+    pub changed_nothing: bool,
+    /// The target's tensors by what became of them.
+    pub tensors: Tensors,
+    /// Elements that differ from the target's.
+    pub elements_changed: u64,
+    /// The norm of all that changed, after rounding.
+    pub change_norm: f64,
+    /// The modules that the method looked at, sorted by name.
+    pub modules: Vec<ModuleReport>,
+    /// What a reader should know: what the method leaves alone, what was not done.
+    pub notes: Vec<String>,
+    /// Python files in the output: code that runs when the model is loaded.
+    #[serde(default)]
+    pub code: Vec<String>,
+    /// How long it took.
+    pub wall_s: f64,
+}
+
+/// Counts of tensors; `changed + same + kept` is all of the target's.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tensors {
+    /// The method has changed an element.
+    pub changed: u64,
+    /// The method has looked, and every element came out as it was.
+    pub same: u64,
+    /// The method does not touch them: copied byte for byte.
+    pub kept: u64,
+}
+
+/// What became of one module.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModuleReport {
+    /// `model.layers.0.self_attn.q_proj`; of what is no module, the tensor's name.
+    pub name: String,
+    /// The layer, if it is of one.
+    pub layer: Option<u32>,
+    /// What the method decided.
+    pub action: Action,
+    /// Whether an element changed.
+    pub changed: bool,
+    /// Elements that changed, in a merged model.
+    pub elements_changed: u64,
+    /// The norm of the change after rounding, in a merged model.
+    pub change_norm: f64,
+    /// The cosine that the method decides by.
+    pub cosine: Option<f64>,
+    /// The norm of the update as the method would leave it, over its norm before.
+    pub norm_ratio: Option<f64>,
+    /// The rank of factors.
+    pub rank: Option<usize>,
+}
+
+/// What a method decided about a module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Action {
+    /// Left as it is.
+    Kept,
+    /// Something was added.
+    Added,
+    /// Averaged with another model or adapter.
+    Merged,
+    /// Its update was projected.
+    Projected,
+    /// Its update was removed.
+    Dropped,
+}
