@@ -241,9 +241,9 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// What the adapter calls its base: the target's own folder; for an adapter target the name it uses, unless that is a
+/// What an adapter over a target calls its base: the target's own folder; for an adapter target the name it uses, unless that is a
 /// path from its folder, which would not hold from another.
-fn base_name(target: &Checkpoint) -> Result<String> {
+pub fn base_name(target: &Checkpoint) -> Result<String> {
     if let Some(adapter) = target.adapter() {
         let named = &adapter.config().base_model_name_or_path;
         let is_path = adapter.dir().join(named).is_dir() || Path::new(named).is_dir();

@@ -18,7 +18,7 @@ mod read;
 mod spill;
 mod write;
 
-pub use adapter::{AdapterReport, Expressed, adapter_into, write_adapter};
+pub use adapter::{AdapterReport, Expressed, adapter_into, base_name, write_adapter};
 pub use error::{GeneError, Result};
 pub use expression::{Expression, check_coefficients};
 pub use family::{check_family, fingerprint, fingerprint_of};
@@ -27,6 +27,7 @@ pub use manifest::{
     ADAPTER_FILE, Class, Family, GeneManifest, LayerEntry, MANIFEST_FILE, ManifestParts, Module, REST_FILE,
     RestEntry, SCHEMA, Source, Sources,
 };
+pub use peft::escaped;
 pub use read::{Gene, RestDelta};
 pub use spill::Given;
 pub use write::GeneWriter;

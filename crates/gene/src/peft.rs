@@ -53,7 +53,7 @@ impl PeftConfig<'_> {
 }
 
 /// The text as a pattern that matches only itself, in the syntaxes of Python and Rust.
-fn escaped(text: &str) -> String {
+pub fn escaped(text: &str) -> String {
     let mut pattern = String::with_capacity(text.len() + 8);
     for c in text.chars() {
         if r"\.+*?()|[]{}^$#&-~".contains(c) {

@@ -19,14 +19,14 @@ pub struct Difference {
 
 /// Products with a difference of stored weights. Every [`Engine`] offers them.
 pub trait Algebra: Send + Sync {
-    /// The best factors of a rank of `V`; `None` where both sides are equal.
+    /// The best factors of a rank of `V`, and the squared norm of `V`; `None` where both sides are equal.
     fn factor(
         &self,
         v: Difference,
         key: u64,
         rank: usize,
         seed: u64,
-    ) -> Result<Option<LowRank>, LowRankError>;
+    ) -> Result<Option<(LowRank, f64)>, LowRankError>;
 
     /// `V V^T B / |V|` for a `B` of `cols` columns, row-major; `None` where `V` is zero.
     fn through(&self, v: Difference, b: &[f32], cols: usize) -> Result<Option<Vec<f32>>, KernelError>;
@@ -54,9 +54,10 @@ impl<E: Engine> Algebra for E {
         key: u64,
         rank: usize,
         seed: u64,
-    ) -> Result<Option<LowRank>, LowRankError> {
+    ) -> Result<Option<(LowRank, f64)>, LowRankError> {
         let pair = self.pair(v.one, v.other)?;
-        Ok(lowrank::factor(self, &pair, key, &Factor::new(Rank::Fixed(rank), seed))?.0)
+        let (found, stats) = lowrank::factor(self, &pair, key, &Factor::new(Rank::Fixed(rank), seed))?;
+        Ok(found.map(|low_rank| (low_rank, stats.sumsq)))
     }
 
     fn through(&self, v: Difference, b: &[f32], cols: usize) -> Result<Option<Vec<f32>>, KernelError> {

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use checkpoint::{CheckpointError, Dtype, printable};
+use gene::GeneError;
 use kernels::KernelError;
 use lowrank::LowRankError;
 
@@ -22,6 +23,9 @@ pub enum RecoverError {
     /// A folder could not be read or written.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// An adapter's config could not be made.
+    #[error(transparent)]
+    Gene(#[from] GeneError),
     /// No method has this name.
     #[error("there is no method `{}`", printable(.name))]
     UnknownMethod {
@@ -128,6 +132,22 @@ pub enum RecoverError {
         /// The module.
         module: String,
     },
+    /// Factors of two adapters that cannot be averaged one by one.
+    #[error("factors of module `{}` cannot be averaged one by one: {problem}", printable(.module))]
+    NoAverage {
+        /// The module.
+        module: String,
+        /// Why.
+        problem: String,
+    },
+    /// Aligned and base are equal where they were to be compared.
+    #[error("`{}` and `{}` are equal in every module that the update changes", shown(.aligned), shown(.base))]
+    NothingDiffers {
+        /// The aligned model.
+        aligned: PathBuf,
+        /// The base.
+        base: PathBuf,
+    },
     /// A number format that cannot be computed with, or not be written.
     #[error("tensor `{}` in `{}` is {dtype}, which cannot be {what}", printable(.tensor), shown(.file))]
     UnsupportedDtype {
@@ -206,6 +226,7 @@ impl RecoverError {
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
             RecoverError::Checkpoint(error) => return error.hint(),
+            RecoverError::Gene(error) => return error.hint(),
             RecoverError::UnknownMethod { .. } => {
                 let names: Vec<&str> = METHODS.iter().map(|method| method.name).collect();
                 return Some(format!(
@@ -235,6 +256,8 @@ impl RecoverError {
             RecoverError::NotInSafetyAdapter { .. } => {
                 "train the safety adapter on the same modules as the target's"
             }
+            RecoverError::NoAverage { .. } => "leave out `--variant published`: ranks are concatenated then",
+            RecoverError::NothingDiffers { .. } => "`--base` is the model before it was aligned",
             RecoverError::UnsupportedDtype { .. } => "convert the checkpoint to bf16 first",
             RecoverError::NonFinite { .. } => "the checkpoint is damaged, or its training diverged",
             RecoverError::Overflow { .. } => {

@@ -13,6 +13,7 @@
 //! | `rewrite.rs` | how is a model folder written in which some values are others? |
 //! | `peft.rs` | how is an adapter written in which some factors are others? |
 //! | `algebra.rs` | which products does a method ask of an engine? |
+//! | `alignment.rs` | what does alignment say about an update? |
 //! | `resta.rs`, `wise_ft.rs`, `low_rank.rs`, `safe_lora.rs`, `safe_merge.rs` | what does the method do? |
 //!
 //! Weights pass tensor by tensor or in blocks of rows: f32 values, f64 norms and cosines, one rounding to the target's
@@ -20,26 +21,33 @@
 //!
 //! Not here: genes and coefficients (`distill`), printing, reading data files, and the environment.
 
-#![allow(dead_code)] // until every method is here
-
 mod algebra;
-mod elementwise;
+mod alignment;
 mod error;
+mod low_rank;
 mod method;
+mod peft;
 mod registry;
 mod report;
+mod resta;
 mod rewrite;
 mod run;
+mod safe_lora;
+mod safe_merge;
 mod settings;
 mod side;
 mod wise_ft;
 
 pub use algebra::{Algebra, Difference};
 pub use error::{RecoverError, Result};
+pub use low_rank::{LowRankRestore, Lox};
 pub use method::{Form, Inputs, Job, Method, Models, Outcome, Outputs, Shot, Shots};
 pub use registry::{METHODS, MethodInfo, Need, OptionInfo, When, by_name};
 pub use report::{Action, ModuleReport, Report, Tensors};
+pub use resta::Resta;
 pub use run::recover;
+pub use safe_lora::{SafeLora, SafeLoraVariant, Select};
+pub use safe_merge::{SafeMerge, SafeMergeVariant};
 pub use settings::Settings;
 pub use side::Side;
 pub use wise_ft::WiseFt;

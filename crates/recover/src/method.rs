@@ -85,6 +85,18 @@ pub struct Job<'a> {
 }
 
 impl Job<'_> {
+    /// An error if a module alone needs more memory than there may be.
+    pub(crate) fn check_memory(&self, module: &str, need_bytes: u64) -> Result<()> {
+        match need_bytes <= self.memory_bytes {
+            true => Ok(()),
+            false => Err(RecoverError::Memory {
+                module: module.to_owned(),
+                need_bytes,
+                limit_bytes: self.memory_bytes,
+            }),
+        }
+    }
+
     /// An error once it was told to stop.
     pub(crate) fn check_stop(&self) -> Result<()> {
         if self.stop.load(Ordering::Relaxed) { Err(RecoverError::Interrupted) } else { Ok(()) }

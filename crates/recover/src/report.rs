@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use checkpoint::{Role, Unit, module_of};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -41,14 +42,14 @@ pub struct Report {
     pub wall_s: f64,
 }
 
-/// Counts of tensors; `changed + same + kept` is all of the target's.
+/// Counts of tensors; `changed + same + kept` is all of the target's (of an adapter's, if only that was written).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tensors {
     /// The method has changed an element.
     pub changed: u64,
     /// The method has looked, and every element came out as it was.
     pub same: u64,
-    /// The method does not touch them: copied byte for byte.
+    /// The method does not touch them: the target's own, byte for byte (a target adapter's product merged).
     pub kept: u64,
 }
 
@@ -63,13 +64,14 @@ pub struct ModuleReport {
     pub action: Action,
     /// Whether an element changed.
     pub changed: bool,
-    /// Elements that changed, in a merged model.
+    /// Elements of the weight that changed; of the factors, if only an adapter was written.
     pub elements_changed: u64,
-    /// The norm of the change after rounding, in a merged model.
+    /// The norm of the change of the weight, after rounding; before it, if only an adapter was written.
     pub change_norm: f64,
     /// The cosine that the method decides by.
     pub cosine: Option<f64>,
-    /// The norm of the update as the method would leave it, over its norm before.
+    /// How large what the method makes is beside what it makes it of: `|C BA| / |BA|` of a projected update,
+    /// `|SVD_k(D)| / |D|` of a difference cut to a rank.
     pub norm_ratio: Option<f64>,
     /// The rank of factors.
     pub rank: Option<usize>,
@@ -89,4 +91,25 @@ pub enum Action {
     Projected,
     /// Its update was removed.
     Dropped,
+}
+
+impl ModuleReport {
+    /// Of a unit that was left as it is.
+    pub(crate) fn of(unit: &Unit) -> ModuleReport {
+        let name = match unit.role {
+            Role::Linear { .. } => module_of(&unit.name).unwrap_or(&unit.name),
+            _ => &unit.name,
+        };
+        ModuleReport {
+            name: name.to_owned(),
+            layer: unit.role.layer(),
+            action: Action::Kept,
+            changed: false,
+            elements_changed: 0,
+            change_norm: 0.0,
+            cosine: None,
+            norm_ratio: None,
+            rank: None,
+        }
+    }
 }

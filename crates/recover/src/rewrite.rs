@@ -15,14 +15,14 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use checkpoint::{
-    CheckpointError, Dtype, FolderWriter, INDEX_FILE, PlacedShard, TensorInfo, Unit, module_of, open_inside,
-    pack_f32, widen_f32,
+    CheckpointError, Dtype, Factors, FolderWriter, INDEX_FILE, PlacedShard, TensorInfo, Unit, module_of,
+    open_inside, pack_f32, widen_f32,
 };
 use rayon::prelude::*;
 
 use crate::error::{RecoverError, Result};
-use crate::method::Job;
-use crate::report::Tensors;
+use crate::method::{Job, Outcome};
+use crate::report::{ModuleReport, Tensors};
 use crate::side::{Side, UnitRows, is_plain};
 
 /// Stored bytes of a block of rows. A thread holds some tens of times as much, whatever the model's size.
@@ -39,6 +39,21 @@ pub(crate) trait Recipe: Sync {
     /// Whether making a change takes memory and time of its own, so that units come one after the other.
     fn is_heavy(&self) -> bool {
         false
+    }
+}
+
+/// The base of a target adapter with other products in some units.
+pub(crate) struct Exchange<'a> {
+    pub(crate) target: &'a Side,
+    /// By the names of units.
+    pub(crate) terms: BTreeMap<String, Vec<Factors>>,
+}
+
+impl Recipe for Exchange<'_> {
+    fn change(&self, unit: &Unit) -> Result<Option<Change<'_>>> {
+        let Some(terms) = self.terms.get(&unit.name) else { return Ok(None) };
+        let rows = self.target.stored_rows_of(&unit.name)?.with(terms.clone());
+        Ok(Some(Box::new(move |range, _| rows.values(range))))
     }
 }
 
@@ -66,6 +81,22 @@ pub(crate) struct Rewritten {
     pub(crate) units: BTreeMap<String, Changed>,
     /// Python files in the output.
     pub(crate) code: Vec<String>,
+}
+
+impl Rewritten {
+    /// What a method says of it; `modules` are by the names of their units, and take the changes from here.
+    pub(crate) fn outcome(self, modules: BTreeMap<String, ModuleReport>) -> Outcome {
+        let filled = modules.into_iter().map(|(unit, module)| {
+            let changed = self.units.get(&unit).copied().unwrap_or_default();
+            ModuleReport {
+                changed: changed.elements > 0,
+                elements_changed: changed.elements,
+                change_norm: changed.sumsq.sqrt(),
+                ..module
+            }
+        });
+        Outcome { modules: filled.collect(), tensors: self.tensors, code: self.code, notes: Vec::new() }
+    }
 }
 
 /// Writes the target into a folder with the changes of a recipe.

@@ -46,6 +46,16 @@ impl Side {
         &self.units
     }
 
+    /// The units that are weights: no buffers, no integers.
+    pub(crate) fn weights(&self) -> impl Iterator<Item = &Unit> {
+        self.units.values().filter(|unit| is_weight(unit))
+    }
+
+    /// The units that are linear modules of layers.
+    pub(crate) fn linear(&self) -> impl Iterator<Item = &Unit> {
+        self.units.values().filter(|unit| matches!(unit.role, Role::Linear { .. }))
+    }
+
     /// The file that a unit's values lie in.
     pub(crate) fn file_of(&self, unit: &Unit) -> PathBuf {
         let saved = self.checkpoint.adapter().and_then(|adapter| adapter.saved().get(&unit.tensor));
@@ -141,6 +151,12 @@ pub(crate) fn is_plain(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::Bf16)
 }
 
+/// A number that tells one tensor's random numbers from another's.
+pub(crate) fn key_of(tensor: &str) -> u64 {
+    let hash = blake3::hash(tensor.as_bytes());
+    hash.as_bytes().iter().take(8).fold(0, |key, &byte| key << 8 | u64::from(byte))
+}
+
 fn kernel_dtype(dtype: Dtype) -> Option<kernels::Dtype> {
     Some(match dtype {
         Dtype::F64 => kernels::Dtype::F64,
@@ -151,6 +167,30 @@ fn kernel_dtype(dtype: Dtype) -> Option<kernels::Dtype> {
         Dtype::F8E5M2 => kernels::Dtype::F8E5M2,
         _ => return None,
     })
+}
+
+/// Adds a sum of products to the rows from `first_row` on, each element one chain in f32 over ascending rank of all.
+pub(crate) fn add_products(terms: &[Factors], first_row: u64, cols: u64, values: &mut [f32]) {
+    let cols = cols as usize;
+    if terms.is_empty() || cols == 0 {
+        return;
+    }
+    let mut sum = vec![0f32; cols];
+    for (at, values) in values.chunks_exact_mut(cols).enumerate() {
+        let row = first_row as usize + at;
+        sum.fill(0.0);
+        for Factors { b, a, rank, scale, .. } in terms {
+            for (&b, a) in b[row * rank..(row + 1) * rank].iter().zip(a.chunks_exact(cols)) {
+                let b = (f64::from(b) * scale) as f32;
+                for (sum, &a) in sum.iter_mut().zip(a) {
+                    *sum += b * a;
+                }
+            }
+        }
+        for (value, &sum) in values.iter_mut().zip(&sum) {
+            *value += sum;
+        }
+    }
 }
 
 /// One unit of one side.
@@ -197,7 +237,7 @@ impl UnitRows<'_> {
                 .collect(),
             _ => widen_f32(&bytes, unit.dtype).ok_or_else(refuse)?,
         };
-        self.add_terms(rows.start, &mut values);
+        add_products(&self.terms, rows.start, cols, &mut values);
         match values.iter().position(|x| !x.is_finite()) {
             None => Ok((bytes, values)),
             Some(index) => Err(RecoverError::NonFinite {
@@ -211,29 +251,6 @@ impl UnitRows<'_> {
     /// The values of some rows in f32.
     pub(crate) fn values(&self, rows: Range<u64>) -> Result<Vec<f32>> {
         Ok(self.read(rows)?.1)
-    }
-
-    fn add_terms(&self, first_row: u64, values: &mut [f32]) {
-        let cols = self.unit.cols() as usize;
-        if self.terms.is_empty() || cols == 0 {
-            return;
-        }
-        let mut sum = vec![0f32; cols];
-        for (at, values) in values.chunks_exact_mut(cols).enumerate() {
-            let row = first_row as usize + at;
-            sum.fill(0.0);
-            for Factors { b, a, rank, scale, .. } in &self.terms {
-                for (&b, a) in b[row * rank..(row + 1) * rank].iter().zip(a.chunks_exact(cols)) {
-                    let b = (f64::from(b) * scale) as f32;
-                    for (sum, &a) in sum.iter_mut().zip(a) {
-                        *sum += b * a;
-                    }
-                }
-            }
-            for (value, &sum) in values.iter_mut().zip(&sum) {
-                *value += sum;
-            }
-        }
     }
 
     fn shape(&self) -> Shape {

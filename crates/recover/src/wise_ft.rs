@@ -8,17 +8,16 @@
 //! Departures: none in the formula. Norms, biases and embeddings are averaged as all else is; buffers and integers keep
 //! the target's bytes.
 
-use checkpoint::{Role, Unit};
+use checkpoint::Unit;
 use serde_json::{Map, Value, json};
 
-use crate::elementwise::{self, Elementwise};
 use crate::error::{RecoverError, Result};
 use crate::method::{Form, Job, Method, Models, Outcome, Outputs};
 use crate::registry::{MethodInfo, Need, OptionInfo, When};
-use crate::report::Action;
-use crate::rewrite::{Change, Recipe};
+use crate::report::{Action, ModuleReport};
+use crate::rewrite::{Change, Recipe, rewrite};
 use crate::settings::{Settings, Taking};
-use crate::side::{Scope, Side};
+use crate::side::{Scope, Side, is_weight};
 
 /// Its entry.
 pub(crate) static INFO: MethodInfo = MethodInfo {
@@ -68,8 +67,12 @@ impl Method for WiseFt {
     }
 
     fn write(&self, models: &Models, outputs: &Outputs, job: &Job<'_>) -> Result<Outcome> {
+        let Some(writer) = &outputs.merged else { return Ok(Outcome::default()) };
         let average = Average { lambda: self.lambda as f32, aligned: models.aligned()? };
-        elementwise::write(&average, models, outputs, job)
+        let rewritten = rewrite(&models.target, &average, writer, job)?;
+        let report = |unit| ModuleReport { action: Action::Merged, ..ModuleReport::of(unit) };
+        let modules = models.target.weights().map(|unit| (unit.name.clone(), report(unit))).collect();
+        Ok(rewritten.outcome(modules))
     }
 }
 
@@ -78,13 +81,9 @@ struct Average<'a> {
     aligned: &'a Side,
 }
 
-impl Elementwise for Average<'_> {
-    const ACTION: Action = Action::Merged;
-}
-
 impl Recipe for Average<'_> {
     fn change(&self, unit: &Unit) -> Result<Option<Change<'_>>> {
-        if unit.role == Role::Buffer || !crate::side::is_weight(unit) {
+        if !is_weight(unit) {
             return Ok(None);
         }
         let (lambda, aligned) = (self.lambda, self.aligned.rows_of(&unit.name)?);

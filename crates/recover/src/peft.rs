@@ -1,0 +1,98 @@
+//! A PEFT adapter like the target's, in which some modules have other factors.
+//!
+//! New factors are f32 and come first in the file; what stays keeps its bytes. The config is the target's: where a module's
+//! rank or scale is another one, a pattern that matches its path only says so, before all others. A base that is named by
+//! a path is named by its absolute one, because the adapter lies in another folder now.
+//!
+//! Not here: which modules, and their factors.
+
+use std::collections::BTreeMap;
+
+use checkpoint::{Adapter, Checkpoint, Dtype, FolderWriter, TensorSpec, default_metadata};
+use serde_json::{Map, Value, json};
+
+use crate::error::Result;
+use crate::report::Tensors;
+
+/// Other factors of a module.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum NewFactors {
+    /// Another B of the same rank; A and scale stay.
+    B(Vec<f32>),
+    /// Both others, of scale 1.
+    Both { b: Vec<f32>, a: Vec<f32>, rank: usize },
+}
+
+/// Writes the adapter of a target with other factors in some modules, none of which is stored transposed.
+pub(crate) fn write_adapter(
+    target: &Checkpoint,
+    adapter: &Adapter,
+    new: &BTreeMap<String, NewFactors>,
+    writer: &FolderWriter,
+) -> Result<(Tensors, Vec<String>)> {
+    let mut made: Vec<(TensorSpec, &[f32])> = Vec::new();
+    for (name, factors) in new {
+        let Some(module) = adapter.modules().get(name) else { continue };
+        let [rows, cols] = module.shape();
+        let (b, rank) = match factors {
+            NewFactors::B(b) => (b, module.rank),
+            NewFactors::Both { b, a, rank } => {
+                let shape = vec![*rank as u64, cols];
+                made.push(((module.a.name.clone(), Dtype::F32, shape), a));
+                (b, *rank)
+            }
+        };
+        made.push(((module.b.name.clone(), Dtype::F32, vec![rows, rank as u64]), b));
+    }
+    let is_new = |name: &str| made.iter().any(|((made, ..), _)| made == name);
+    let kept: Vec<_> = adapter.shards().tensors().iter().filter(|info| !is_new(&info.name)).collect();
+    let specs: Vec<TensorSpec> = made
+        .iter()
+        .map(|(spec, _)| spec.clone())
+        .chain(kept.iter().map(|info| (info.name.clone(), info.dtype, info.shape.clone())))
+        .collect();
+    let mut metadata = default_metadata();
+    metadata.extend(adapter.shards().metadata().clone());
+    let mut shard = writer.shard("adapter_model.safetensors", &metadata, &specs)?;
+    for ((name, ..), values) in &made {
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        shard.write(name, &bytes)?;
+    }
+    for info in &kept {
+        shard.write(&info.name, &adapter.shards().read(info)?)?;
+    }
+    shard.finish()?;
+    let mut text = serde_json::to_vec_pretty(&config(target, adapter, new)?).unwrap_or_default();
+    text.push(b'\n');
+    writer.file("adapter_config.json", &text)?;
+    let copied = writer.copy_support_files(adapter.dir())?;
+    let tensors = Tensors { changed: made.len() as u64, same: 0, kept: kept.len() as u64 };
+    Ok((tensors, copied.into_iter().filter(|name| name.ends_with(".py")).collect()))
+}
+
+fn config(target: &Checkpoint, adapter: &Adapter, new: &BTreeMap<String, NewFactors>) -> Result<Value> {
+    let mut config = adapter.config().raw.clone();
+    let Some(object) = config.as_object_mut() else { return Ok(config) };
+    object.insert("base_model_name_or_path".to_owned(), json!(gene::base_name(target)?));
+    let (mut ranks, mut alphas) = (Map::new(), Map::new());
+    for (name, factors) in new {
+        if let NewFactors::Both { rank, .. } = factors {
+            let pattern = format!("^{}", gene::escaped(name));
+            ranks.insert(pattern.clone(), json!(rank));
+            // A scale of 1.
+            let alpha = if adapter.config().use_rslora { (*rank as f64).sqrt() } else { *rank as f64 };
+            alphas.insert(pattern, json!(alpha));
+        }
+    }
+    for (key, mut patterns) in [("rank_pattern", ranks), ("alpha_pattern", alphas)] {
+        if patterns.is_empty() {
+            continue;
+        }
+        // The first that matches counts, here and in PEFT.
+        for (pattern, value) in object.get(key).and_then(Value::as_object).into_iter().flatten() {
+            patterns.entry(pattern.clone()).or_insert_with(|| value.clone());
+        }
+        object.insert(key.to_owned(), Value::Object(patterns));
+    }
+    Ok(config)
+}
