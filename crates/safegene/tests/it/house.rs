@@ -11,7 +11,7 @@ fn root() -> PathBuf {
 /// Floors, bottom up: a crate may import only from floors below its own.
 const FLOORS: [&[&str]; 6] = [
     &["kernels"],
-    &["lowrank", "checkpoint"],
+    &["lowrank", "checkpoint", "report"],
     &["gene"],
     &["transformer", "stream"],
     &["distill", "recover", "evaluate", "lab", "bench"],
@@ -92,8 +92,8 @@ fn absent(crates: &[&str], what: &[&str]) {
 }
 
 #[test]
-fn kernels_and_lowrank_open_no_file() {
-    absent(&["kernels", "lowrank"], &["std::fs", "File::", "std::path"]);
+fn kernels_lowrank_and_report_open_no_file() {
+    absent(&["kernels", "lowrank", "report"], &["std::fs", "File::", "std::path"]);
 }
 
 #[test]
@@ -110,6 +110,7 @@ fn nothing_below_the_driver_prints_or_reads_the_environment() {
         "evaluate",
         "lab",
         "bench",
+        "report",
     ];
     absent(&below, &["println!", "eprintln!", "print!(", "std::env"]);
 }
