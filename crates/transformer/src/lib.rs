@@ -28,5 +28,5 @@ pub use chat::Chat;
 pub use error::ModelError;
 pub use generate::generate;
 pub use loss::{AnswerBatch, Row};
-pub use model::{Batch, Model, Taps, WeightSource};
+pub use model::{Batch, Model, ModuleTap, Taps, WeightSource};
 pub use refusal::Openings;

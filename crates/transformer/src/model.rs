@@ -90,13 +90,18 @@ impl Block {
     }
 }
 
+/// Receives layer, module and input `[rows * tokens, in]` of every linear module, in the order of the forward pass.
+pub type ModuleTap<'a> = dyn FnMut(usize, ModuleKind, &Tensor) -> candle_core::Result<()> + 'a;
+
 /// What each block adds to the residual stream: its own output, `[rows * tokens, hidden]`, by layer.
-#[derive(Debug, Default)]
-pub struct Taps {
+#[derive(Default)]
+pub struct Taps<'a> {
     /// Block output minus block input.
     pub outputs: Vec<Tensor>,
     /// Block input.
     pub inputs: Vec<Tensor>,
+    /// Called with what each linear module is about to read.
+    pub modules: Option<&'a mut ModuleTap<'a>>,
 }
 
 /// Keys and values of what was already read, by layer: `[rows, tokens, kv_heads, head_dim]`.
@@ -202,6 +207,15 @@ impl Model {
         self.variables.as_deref().unwrap_or(&[])
     }
 
+    /// The frozen weight `[out, in]` of one linear module, without what is attached to it.
+    pub fn weight(&self, layer: usize, kind: ModuleKind) -> Result<&Tensor, ModelError> {
+        let found = self.blocks.get(layer).and_then(|b| b.linears[kind as usize].as_ref());
+        found.map(|l| &l.w).ok_or_else(|| ModelError::Unsupported {
+            model_type: self.architecture.model_type.clone(),
+            reason: format!("`{}`, which this model does not have", kind.module(layer)),
+        })
+    }
+
     fn product(&self, x: &Tensor, w: &Tensor) -> candle_core::Result<Tensor> {
         if self.variables.is_some() { x.matmul(&w.t()?) } else { ops::frozen_linear(x, w) }
     }
@@ -220,7 +234,8 @@ impl Model {
         }
         for at in attachments.get(layer, kind) {
             let times = |x: &Tensor, w: &Tensor| {
-                if w.is_variable() { x.matmul(&w.t()?) } else { ops::frozen_linear(x, w) }
+                // A factor that is computed from a variable needs its gradient as much as a variable does.
+                if w.track_op() { x.matmul(&w.t()?) } else { ops::frozen_linear(x, w) }
             };
             // The scale goes on the narrow side: rank columns, not `out` ones.
             let narrow = times(x, &at.a)?.broadcast_mul(&at.scale)?;
@@ -249,14 +264,15 @@ impl Model {
         batch: &Batch,
         attachments: &Attachments,
         mut cache: Option<&mut Cache>,
-        mut taps: Option<&mut Taps>,
+        mut taps: Option<&mut Taps<'_>>,
     ) -> Result<Tensor, ModelError> {
         attachments.check(&self.architecture)?;
         let place = self.place(batch, cache.as_ref().map_or(0, |c| c.tokens))?;
         let mut x = self.embedded(batch)?;
         for layer in 0..self.blocks.len() {
             let input = x.clone();
-            x = self.block(layer, &x, &place, attachments, cache.as_deref_mut())?;
+            let tap = taps.as_deref_mut().and_then(|t| t.modules.as_deref_mut());
+            x = self.block(layer, &x, &place, attachments, cache.as_deref_mut(), tap)?;
             if let Some(taps) = taps.as_deref_mut() {
                 taps.outputs.push((&x - &input)?);
                 taps.inputs.push(input);
@@ -280,7 +296,7 @@ impl Model {
         let place = self.place(batch, 0)?;
         let mut x = x.clone();
         for layer in layer..self.blocks.len() {
-            x = self.block(layer, &x, &place, attachments, None)?;
+            x = self.block(layer, &x, &place, attachments, None, None)?;
         }
         self.last_norm(&x)
     }
@@ -294,7 +310,7 @@ impl Model {
         attachments: &Attachments,
     ) -> Result<Tensor, ModelError> {
         attachments.check(&self.architecture)?;
-        self.block(layer, x, &self.place(batch, 0)?, attachments, None)
+        self.block(layer, x, &self.place(batch, 0)?, attachments, None, None)
     }
 
     /// Where the tokens of a batch stand, `past` tokens having been read before.
@@ -335,10 +351,16 @@ impl Model {
         place: &Place,
         attachments: &Attachments,
         cache: Option<&mut Cache>,
+        mut tap: Option<&mut ModuleTap<'_>>,
     ) -> Result<Tensor, ModelError> {
         let a = &self.architecture;
         let (rows, tokens) = (place.rows, place.tokens);
-        let lin = |x: &Tensor, kind| self.linear(x, layer, kind, attachments);
+        let mut lin = |x: &Tensor, kind| {
+            if let Some(tap) = tap.as_deref_mut() {
+                tap(layer, kind, x)?;
+            }
+            self.linear(x, layer, kind, attachments)
+        };
         let norm = |x: &Tensor, kind| self.normed(x, layer, kind, attachments);
         let h = norm(x, VectorKind::AttentionNorm)?;
         let heads = |t: Tensor, n: usize| t.reshape((rows, tokens, n, a.head_dim));

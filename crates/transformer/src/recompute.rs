@@ -29,7 +29,7 @@ pub fn gradients(
     let quiet = attachments.detached();
     let mut inputs = vec![model.embedded(batch.batch())?.detach()];
     for layer in 0..model.architecture().layers {
-        let y = model.block(layer, &inputs[layer], &place, &quiet, None)?;
+        let y = model.block(layer, &inputs[layer], &place, &quiet, None, None)?;
         inputs.push(y.detach());
     }
     let mut sums: Vec<Vec<f32>> = vars.iter().map(|v| vec![0f32; v.elem_count()]).collect();
@@ -44,7 +44,7 @@ pub fn gradients(
     };
     for (layer, x) in inputs.iter().enumerate().take(inputs.len() - 1).rev() {
         let x = Var::from_tensor(x)?;
-        let y = model.block(layer, x.as_tensor(), &place, attachments, None)?;
+        let y = model.block(layer, x.as_tensor(), &place, attachments, None, None)?;
         let mut through = (&y * slope.detach())?.sum_all()?;
         if let Some(hidden) = hidden {
             let more = hidden(layer, &y)?.sum_all()?;
