@@ -263,6 +263,23 @@ fn plain_tensors_are_units_of_their_own() {
 }
 
 #[test]
+fn gate_and_up_in_one_matrix_of_a_dense_model_is_one_module() {
+    // As in GLM-4; what is taken apart are experts only.
+    let name = "model.layers.0.mlp.gate_up_proj.weight";
+    let fused = bf16(name, &[2 * INNER, HIDDEN], &ramp(2 * INNER * HIDDEN, 0.0));
+    for model_type in ["glm", "glm4"] {
+        let (_dir, model) = folder(&config(model_type), std::slice::from_ref(&fused));
+        let units = model.units().unwrap();
+        assert_eq!(units.len(), 1);
+        let unit = &units[0];
+        assert_eq!((unit.name.as_str(), unit.tensor.as_str()), (name, name));
+        assert_eq!((unit.rows(), unit.cols()), (2 * INNER as u64, HIDDEN as u64));
+        assert_eq!(unit.role, Role::Linear { layer: 0 });
+        assert_eq!(read(&model, unit, 0..unit.rows()), fused.1);
+    }
+}
+
+#[test]
 fn biases_of_fused_experts_stay_as_they_are_stored() {
     let mut tensors = fused_in_out("mlp.experts", interleaved);
     let bias = "model.layers.0.mlp.experts.gate_up_proj_bias";

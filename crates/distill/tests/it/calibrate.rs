@@ -14,7 +14,7 @@ use transformer::{
 struct Noise(Architecture);
 
 /// xorshift: fixed values, no dependency.
-fn noise(n: usize, seed: u64) -> Vec<f32> {
+pub(crate) fn noise(n: usize, seed: u64) -> Vec<f32> {
     let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..n)
         .map(|_| {
