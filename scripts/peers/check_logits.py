@@ -11,8 +11,13 @@ merged folder and into an adapter. Then, in f32 arithmetic on the CPU:
   generation                greedy tokens, ours and theirs, merged and adapter          equal
 
 A target that is itself an adapter gives one adapter that holds fine-tune and gene; it is compared, too. A gene itself
-is loaded by PEFT as an adapter. Besides the lab's Llama layout, a random Qwen2 (biases, tied embeddings) and a random
-Llama with Llama-3's RoPE scaling and an untied head are compared by token ids.
+is loaded by PEFT as an adapter.
+
+Then every layout that the decoder has, as small random models that transformers makes (LAYOUTS), by token ids:
+
+  as saved, and with the keys of transformers 4 on top of config.json: logits and greedy tokens as above
+  what is tested has to matter: with another window, rotary part, ... our logits are off by a hundred tolerances at least
+  extract, fuse: a random change of rank 2 in every linear module, merged and as an adapter, ours vs theirs
 
 Usage: check_logits.py --bin FOLDER [--lab lab/llama] [--out RESULT.json]
 FOLDER holds the binaries `safegene` and `logits` (target/release). Exit status 1 if any check fails.
@@ -35,10 +40,43 @@ import peft
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 TOLERANCE = 1e-4
 NEW_TOKENS = 12
+
+SIZES = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+
+# Name, model_type, keys of the config, and changes of the config that have to matter. The longest row has 90 tokens.
+LAYOUTS = [
+    ("llama biases", "llama", dict(attention_bias=True, mlp_bias=True, head_dim=24), [{"rope_theta": 20000.0}]),
+    ("llama linear rope", "llama", dict(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
+     [{"rope_scaling": None}]),
+    ("llama llama3 rope", "llama",
+     dict(rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                           "high_freq_factor": 4.0, "original_max_position_embeddings": 32}),
+     [{"rope_scaling": None}]),
+    ("mistral window", "mistral", dict(sliding_window=16), [{"sliding_window": 15}, {"sliding_window": 17},
+                                                            {"sliding_window": None}]),
+    ("mistral no window", "mistral", dict(sliding_window=None, head_dim=24), [{"sliding_window": 89}]),
+    ("qwen2", "qwen2", dict(tie_word_embeddings=True, sliding_window=16, use_sliding_window=False), []),
+    ("qwen2 window", "qwen2", dict(sliding_window=16, use_sliding_window=True, max_window_layers=1),
+     [{"sliding_window": 15}, {"sliding_window": 17}]),
+    ("qwen3", "qwen3", dict(head_dim=32, tie_word_embeddings=True), [{"rms_norm_eps": 0.1}]),
+    ("qwen3 biases, window", "qwen3",
+     dict(head_dim=24, attention_bias=True, sliding_window=16, use_sliding_window=True,
+          layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+     [{"sliding_window": 15}, {"sliding_window": 17},
+      {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}]),
+    ("glm", "glm", dict(head_dim=24, attention_bias=True), [{"partial_rotary_factor": 0.75}]),
+    ("glm4", "glm4", dict(head_dim=32, attention_bias=True), [{"partial_rotary_factor": 0.25},
+                                                              {"partial_rotary_factor": 1.0}]),
+    ("glm4 no biases", "glm4", dict(head_dim=16, attention_bias=False, tie_word_embeddings=True,
+                                    rope_parameters={"rope_type": "default", "rope_theta": 500.0,
+                                                     "partial_rotary_factor": 0.25}),
+     [{"partial_rotary_factor": 0.5}]),
+]
 
 
 def call(*argv):
@@ -134,18 +172,65 @@ class Check:
                 for line in (self.lab / "data" / "test-harmful.jsonl").read_text().splitlines()[:24]]
         self.compare(f"{target} (an adapter): adapter, ours vs peft", model, self.ours(out, rows), stop)
 
-    def random_layout(self, name, config):
-        """A random model that transformers made; ours must compute the same."""
+    def layout(self, name, model_type, keys, others):
+        """A random model that transformers made; ours must compute the same, in both dialects of config.json.
+
+        `others` are changes to the config that must matter: else the comparison would say nothing about those keys.
+        """
         torch.manual_seed(5)
+        config = AutoConfig.for_model(model_type, **SIZES, **keys)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-        folder = self.tmp / name
+                # Large enough that positions and windows show in the logits.
+                parameter.add_(torch.randn_like(parameter) * 0.15)
+        folder = self.tmp / name.replace(" ", "-")
         model.save_pretrained(folder)
         draw = random.Random(5)
         rows = [{"tokens": [draw.randrange(config.vocab_size) for _ in range(n)]} for n in (3, 17, 40, 90)]
-        self.compare(f"{name}: ours vs transformers", model, self.ours(folder, rows), None)
+        ours = self.ours(folder, rows)
+        self.compare(f"{name}: ours vs transformers", model, ours, None)
+
+        saved = json.loads((folder / "config.json").read_text())
+        old = published(saved)
+        (folder / "config.json").write_text(json.dumps(old))
+        again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.compare(f"{name}, keys on top: ours vs transformers", again, self.ours(folder, rows), None)
+        for other in others:
+            (folder / "config.json").write_text(json.dumps(old | other))
+            off = max((a - b).abs().max().item() for (_, a), (_, b) in zip(ours, self.ours(folder, rows)))
+            self.note(f"{name}: {json.dumps(other)} matters", off >= 100 * TOLERANCE, max_abs_difference=off)
+        (folder / "config.json").write_text(json.dumps(saved))
+
+        aligned, gene, out = (self.tmp / f"{folder.name}-{part}" for part in ("aligned", "gene", "fused"))
+        linear = [m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+        with torch.no_grad():
+            for module in linear:
+                b, a = torch.randn(module.out_features, 2), torch.randn(2, module.in_features)
+                module.weight.add_(b @ a * 0.02)
+        model.save_pretrained(aligned)
+        call(self.bin / "safegene", "-q", "extract", "--aligned", aligned, "--degraded", folder, "--rank", 2, "--out", gene)
+        call(self.bin / "safegene", "-q", "fuse", "--gene", gene, "--coefficient", "0.7", "--target", folder, "--out", out,
+             "--as", "both")
+        merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
+        self.compare(f"{name}, fused: merged, ours vs transformers", merged, self.ours(out / "merged", rows), None)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        adapter = peft.PeftModel.from_pretrained(base, out / "adapter")
+        loaded = sum(n.endswith("lora_A.default.weight") for n, _ in adapter.named_parameters())
+        self.note(f"{name}, fused: modules of the adapter in peft", loaded == len(linear), modules=len(linear), loaded=loaded)
+        self.compare(f"{name}, fused: adapter, ours vs peft", adapter, self.ours(out / "adapter", rows), None)
+
+
+def published(config):
+    """The same config as transformers 4 wrote it, and as most published folders have it."""
+    config = dict(config)
+    rope = dict(config.pop("rope_parameters"))
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in rope:
+            config[key] = rope.pop(key)
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    config["torch_dtype"] = config.pop("dtype")
+    return config
 
 
 def greedy(model, tokens, stop):
@@ -202,14 +287,8 @@ def main():
         stored = sum(name.endswith("lora_A.weight") for name in load_file(gene / "adapter_model.safetensors"))
         whole = pairs == stored and pairs > 0
         check.note("the gene folder is a PEFT adapter", whole, modules=stored, loaded=pairs)
-        check.random_layout("qwen2", transformers.Qwen2Config(
-            vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=256))
-        check.random_layout("llama-3 rope", transformers.LlamaConfig(
-            vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=256,
-            rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-                             "high_freq_factor": 4.0, "original_max_position_embeddings": 32}))
+        for layout in LAYOUTS:
+            check.layout(*layout)
         result = {
             "schema": 1,
             "tolerance": TOLERANCE,
