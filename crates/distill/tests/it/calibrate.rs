@@ -2,8 +2,8 @@
 
 use candle_core::{Device, Tensor};
 use distill::{
-    Calibration, CalibrationError, Frozen, GeneAttachments, Goal, Limits, Shots, calibrate,
-    check_safety_shots,
+    Calibration, CalibrationError, Freedom, Frozen, GeneAttachments, Goal, Limits, Shots, Solver, calibrate,
+    check_safety_shots, layer_effects, trade_off,
 };
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -36,7 +36,7 @@ impl WeightSource for Noise {
     }
 }
 
-fn model() -> Model {
+pub(crate) fn model() -> Model {
     let a = Architecture::from_config(&json!({
         "model_type": "llama", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "intermediate_size": 24, "vocab_size": 40, "rms_norm_eps": 1e-5,
@@ -47,7 +47,7 @@ fn model() -> Model {
 }
 
 /// Rank 2 on the output projections of each layer; `sign` -1 is the gene of swapped inputs.
-fn gene(sign: f32) -> GeneAttachments {
+pub(crate) fn gene(sign: f32) -> GeneAttachments {
     let mut modules = Vec::new();
     for layer in 0..3 {
         for (i, (kind, inn)) in [(ModuleKind::O, 16), (ModuleKind::Down, 24)].into_iter().enumerate() {
@@ -260,4 +260,111 @@ fn answers_that_are_no_refusals_are_named_by_line() {
     );
     assert!(error.hint().is_some());
     check_safety_shots(rows.into_iter().take(1), &openings).unwrap();
+}
+
+#[test]
+fn one_coefficient_for_all_layers_is_the_best_of_a_fine_grid() {
+    let (model, gene) = (model(), gene(1.0));
+    let shots = shots(&model, &gene);
+    let meter = Meter::new(&model, &gene, &shots);
+    let (_, task_one, benign_one) = meter.at([1.0; 3]);
+    let max_kl = 0.5 * task_one.min(benign_one);
+    let limits = Limits { max_kl, c_max: 4.0, delta: 1e-4, freedom: Freedom::OneForAll, ..Limits::default() };
+    let found = calibrate(&Frozen::new(&model), &gene, &shots, &limits, 0).unwrap();
+    let c: Vec<f64> = found.coefficients.values().copied().collect();
+    assert!(c.len() == 3 && c.iter().all(|x| *x == c[0]), "{c:?}");
+    let (loss, task, benign) = check_report(&found, &meter, &limits);
+    assert!(task <= max_kl * (1.0 + 1e-5) && benign <= max_kl * (1.0 + 1e-5));
+    let best = (0..=400)
+        .map(|i| meter.at([f64::from(i) * 0.01; 3]))
+        .filter(|(_, t, b)| *t <= max_kl && *b <= max_kl)
+        .map(|(loss, ..)| loss)
+        .fold(f64::INFINITY, f64::min);
+    // The grid's steps are 0.01; between two of them the loss may fall a little further.
+    assert!(loss <= best * 1.01, "loss {loss}, {best} on the grid");
+    let free = Limits { freedom: Freedom::PerLayer, ..limits };
+    let per_layer = calibrate(&Frozen::new(&model), &gene, &shots, &free, 0).unwrap();
+    assert!(per_layer.loss <= found.loss * 1.02, "{} {}", per_layer.loss, found.loss);
+}
+
+#[test]
+fn without_gradients_the_answer_is_nearly_as_good() {
+    let (model, gene) = (model(), gene(1.0));
+    let shots = shots(&model, &gene);
+    let meter = Meter::new(&model, &gene, &shots);
+    let (_, task_one, benign_one) = meter.at([1.0; 3]);
+    let with =
+        Limits { max_kl: 0.5 * task_one.min(benign_one), c_max: 4.0, delta: 1e-4, ..Limits::default() };
+    let without = Limits { solver: Solver::ForwardOnly, ..with };
+    let run = |limits: &Limits| calibrate(&Frozen::new(&model), &gene, &shots, limits, 0).unwrap();
+    let (a, b) = (run(&with), run(&without));
+    let (loss, task, benign) = check_report(&b, &meter, &without);
+    assert!(task <= with.max_kl * (1.0 + 1e-5) && benign <= with.max_kl * (1.0 + 1e-5), "{task} {benign}");
+    assert!(loss < b.loss_before);
+    assert!(loss <= a.loss * 1.1, "{loss} without gradients, {} with them", a.loss);
+}
+
+#[test]
+fn layers_effects_are_what_is_lost_without_them() {
+    let (model, gene) = (model(), gene(1.0));
+    let shots = shots(&model, &gene);
+    let meter = Meter::new(&model, &gene, &shots);
+    let limits = Limits { max_kl: 10.0, c_max: 4.0, delta: 0.5, ..Limits::default() };
+    let target = Frozen::new(&model);
+    let found = calibrate(&target, &gene, &shots, &limits, 0).unwrap();
+    let effects = layer_effects(&target, &gene, &shots, &found, 0).unwrap();
+    assert_eq!(effects.len(), 3);
+    for (i, e) in effects.iter().enumerate() {
+        let mut c = [0.0; 3];
+        c.iter_mut().zip(found.coefficients.values()).for_each(|(c, x)| *c = *x);
+        assert_eq!((e.layer as usize, e.coefficient), (i, c[i]));
+        c[i] = 0.0;
+        let (loss, task, benign) = meter.at(c);
+        assert!((e.loss_without - loss).abs() <= 1e-5 * loss, "{e:?} {loss}");
+        assert!((e.kl_without - task - benign).abs() <= 1e-5, "{e:?} {task} {benign}");
+    }
+}
+
+#[test]
+fn trade_off_falls_and_stays_under_each_limit() {
+    let (model, gene) = (model(), gene(1.0));
+    let shots = shots(&model, &gene);
+    let limits = Limits { c_max: 4.0, ..Limits::default() };
+    let asked = [0.0005, 0.002, 0.01, 0.05];
+    let target = Frozen::new(&model);
+    let curve = trade_off(&target, &gene, &shots, &limits, &asked, 0).unwrap();
+    let before = Meter::new(&model, &gene, &shots).at([0.0; 3]).0;
+    assert_eq!(curve.iter().map(|p| p.max_kl).collect::<Vec<_>>(), asked);
+    assert!(curve.iter().all(|p| p.kl_task <= p.max_kl && p.kl_benign.unwrap() <= p.max_kl), "{curve:?}");
+    assert!(curve.windows(2).all(|w| w[1].loss <= w[0].loss * 1.02), "{curve:?}");
+    assert!(curve[3].loss < 0.9 * before, "{curve:?} from {before}");
+    let error = trade_off(&target, &gene, &shots, &limits, &[0.0], 0).unwrap_err();
+    assert!(matches!(error, CalibrationError::Limit { name: "max-kl", .. }));
+}
+
+#[test]
+fn adapter_over_shared_weights_is_calibrated_as_the_merged_model_is() {
+    let (model, gene) = (model(), gene(1.0));
+    let own = gene.at(&[(0, 0.4), (2, 0.3)].into()).unwrap();
+    let target = Frozen { model: &model, own };
+    let shots = shots(&model, &gene);
+    let limits = Limits { max_kl: 0.01, c_max: 4.0, ..Limits::default() };
+    let found = calibrate(&target, &gene, &shots, &limits, 0).unwrap();
+    // The target lies at (0.4, 0, 0.3), so its own loss is that of the bare model there.
+    let (loss, ..) = Meter::new(&model, &gene, &shots).at([0.4, 0.0, 0.3]);
+    assert!((found.loss_before - loss).abs() <= 1e-5 * loss, "{} {loss}", found.loss_before);
+    assert!(found.kl_task <= 0.01 && found.loss < found.loss_before);
+}
+
+#[test]
+fn chosen_layers_alone_have_coefficients() {
+    let gene = gene(1.0);
+    let some = gene.only(&[2, 0, 9]);
+    assert_eq!(some.layers(), [0, 2]);
+    let all = gene.at(&[(0, 1.0), (1, 1.0), (2, 1.0)].into()).unwrap();
+    let part = some.at(&[(0, 1.0), (1, 1.0), (2, 1.0)].into()).unwrap();
+    for (layer, n) in [(0, 1), (1, 0), (2, 1)] {
+        assert_eq!(part.get(layer, ModuleKind::O).len(), n);
+        assert_eq!(all.get(layer, ModuleKind::O).len(), 1);
+    }
 }

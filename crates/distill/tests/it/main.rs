@@ -3,4 +3,6 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests are tests
 
 mod calibrate;
+mod distillation;
 mod layouts;
+mod select;

@@ -13,7 +13,7 @@ use transformer::{
 struct Small(BTreeMap<String, Vec<f32>>, Architecture);
 
 /// xorshift: fixed values, no dependency.
-fn noise(n: usize, seed: u64) -> Vec<f32> {
+pub(crate) fn noise(n: usize, seed: u64) -> Vec<f32> {
     let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..n)
         .map(|_| {
@@ -60,12 +60,12 @@ fn architecture(model_type: &str) -> Architecture {
     Architecture::from_config(&config).unwrap()
 }
 
-fn model(model_type: &str) -> Model {
+pub(crate) fn model(model_type: &str) -> Model {
     let a = architecture(model_type);
     Model::new(a.clone(), &Small(BTreeMap::new(), a)).unwrap()
 }
 
-fn rows() -> Vec<Row> {
+pub(crate) fn rows() -> Vec<Row> {
     vec![
         Row { prompt: vec![1, 2, 3, 4, 5], answer: vec![6, 7] },
         Row { prompt: vec![9, 8], answer: vec![3, 3, 3] },
@@ -73,7 +73,7 @@ fn rows() -> Vec<Row> {
     ]
 }
 
-fn flat(t: &Tensor) -> Vec<f32> {
+pub(crate) fn flat(t: &Tensor) -> Vec<f32> {
     t.flatten_all().unwrap().to_vec1().unwrap()
 }
 

@@ -4,3 +4,4 @@
 
 mod chat;
 mod decoder;
+mod recompute;
