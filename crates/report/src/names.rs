@@ -1,0 +1,74 @@
+//! Names of methods, in the order in which tables show them.
+//!
+//! A method that is not listed is shown by its id, after the others.
+
+use crate::record::{Kind, Label};
+
+/// The target as it is.
+pub(crate) const FINE_TUNED: &str = "fine-tuned";
+
+/// Id, name, where it comes from.
+const METHODS: [(&str, &str, &str); 17] = [
+    (FINE_TUNED, "Fine-tuned", "the target as it is"),
+    ("gene", "Gene", "distilled, one scalar a layer"),
+    ("selected", "Gene, selected layers", "distilled, calibrated on selected layers"),
+    ("svd-gene", "SVD gene", "control: extracted, not distilled"),
+    ("global-scalar", "Gene, one scalar", "control: one scalar for all layers"),
+    ("random-layers", "Gene, random layers", "control: layers drawn by chance"),
+    ("few-shot-lora", "Few-shot LoRA", "a LoRA trained on the same shots under the same limit"),
+    ("few-shot-lora-no-benign", "Few-shot LoRA, no benign", "the same without benign shots"),
+    ("low-rank-restore", "Low-rank restore", "truncated difference from the aligned model"),
+    ("resta", "RESTA", "arXiv 2402.11746"),
+    ("wise-ft", "WiSE-FT", "arXiv 2412.19512"),
+    ("safelora", "SafeLoRA", "arXiv 2405.16833"),
+    ("safelora-drop", "Drop the LoRA", "control: the LoRA left out on the modules that SafeLoRA takes"),
+    ("safemerge", "SafeMERGE", "arXiv 2503.17239"),
+    ("salora", "SaLoRA", "arXiv 2501.01765"),
+    ("lox", "LoX", "arXiv 2506.15606"),
+    ("safe-delta", "Safe Delta", "arXiv 2505.12038"),
+];
+
+/// Where a method stands: listed ones first, then the others by id.
+pub(crate) fn place(id: &str) -> (usize, &str) {
+    (METHODS.iter().position(|m| m.0 == id).unwrap_or(METHODS.len()), id)
+}
+
+/// What to call a method. Unlisted ids are outside text: escape it.
+pub(crate) fn method(id: &str) -> &str {
+    METHODS.iter().find(|m| m.0 == id).map_or(id, |m| m.1)
+}
+
+/// Where a method comes from; empty for unlisted ones.
+pub(crate) fn source(id: &str) -> &'static str {
+    METHODS.iter().find(|m| m.0 == id).map_or("", |m| m.2)
+}
+
+/// What a method saw, in a table.
+pub(crate) fn label(label: Label) -> &'static str {
+    match label {
+        Label::Zero => "none",
+        Label::Task => "task",
+        Label::SafetyTask => "safety + task",
+        Label::SafetyTaskBenign => "safety + task + benign",
+    }
+}
+
+/// The same in a picture.
+pub(crate) fn label_short(label: Label) -> &'static str {
+    match label {
+        Label::Zero => "no shots",
+        Label::Task => "t",
+        Label::SafetyTask => "s+t",
+        Label::SafetyTaskBenign => "s+t+b",
+    }
+}
+
+/// How a target came to be.
+pub(crate) fn kind(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Lora => "LoRA",
+        Kind::Full => "full fine-tune",
+        Kind::Second => "second generation",
+        Kind::BenignOnly => "harmless rows only",
+    }
+}
