@@ -246,9 +246,10 @@ fn coefficients(cells: &[Cell]) -> String {
     }
     let mut out = String::new();
     for (((_, method), label), lines) in tables {
-        let _ = write!(out, "<h3>{}</h3>\n{}", text::html(&caption(method, label)), chart::heat(&lines));
+        let caption = text::html(&caption(method, label));
+        let _ = writeln!(out, "<div><h3>{caption}</h3>\n{}</div>", chart::heat(&lines));
     }
-    out
+    if out.is_empty() { out } else { format!("<div class=\"side\">\n{out}</div>\n") }
 }
 
 fn tradeoffs(cells: &[Cell]) -> String {

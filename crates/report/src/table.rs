@@ -399,7 +399,11 @@ impl Table {
                 if i > 0 {
                     out.push_str("</tbody><tbody>\n");
                 }
-                let names: Vec<String> = group.iter().map(|e| text::html(&e.main)).collect();
+                let names: Vec<String> = group
+                    .iter()
+                    .zip(&self.heads)
+                    .map(|(e, h)| format!("{}: {}", text::html(&h.name), text::html(&e.main)))
+                    .collect();
                 let _ = writeln!(
                     out,
                     "<tr class=\"group\"><th scope=\"rowgroup\" colspan=\"{}\">{}</th></tr>",

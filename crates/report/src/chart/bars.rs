@@ -6,12 +6,12 @@ use crate::text;
 use std::fmt::Write as _;
 
 const WIDTH: f64 = 300.0;
-const HEIGHT: f64 = 120.0;
+const HEIGHT: f64 = 132.0;
 const SIDE: f64 = 8.0;
-const TOP: f64 = 20.0;
-const BOTTOM: f64 = 18.0;
+const TOP: f64 = 16.0;
+const BOTTOM: f64 = 32.0;
 
-/// Four digits that matter.
+/// About three digits that matter.
 fn short(value: f64) -> String {
     let size = value.abs();
     let digits = if size >= 100.0 {
@@ -21,7 +21,7 @@ fn short(value: f64) -> String {
     } else if size >= 1.0 {
         2
     } else {
-        4
+        3
     };
     let text = text::number(value, digits, false);
     if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_string() } else { text }
@@ -73,7 +73,7 @@ pub(crate) fn bars(scores: &LayerScores) -> String {
                 out,
                 "<text class=\"tick\" x=\"{}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
                 px(at),
-                px(if below { a - 4.0 } else { a - 5.0 }),
+                px(if below { b + 11.0 } else { a - 4.0 }),
                 short(l.value)
             );
         }

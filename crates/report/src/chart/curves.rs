@@ -61,7 +61,7 @@ pub(crate) fn curves(caption: &str, curves: &[Curve]) -> String {
     for m in few(k0, k1) {
         let _ = write!(
             out,
-            "<path class=\"grid\" d=\"M{0} {1}V{2}\"/><text class=\"tick\" x=\"{0}\" y=\"{3}\" text-anchor=\"middle\">{4}</text>",
+            "<path class=\"rule\" d=\"M{0} {1}V{2}\"/><text class=\"tick\" x=\"{0}\" y=\"{3}\" text-anchor=\"middle\">{4}</text>",
             px(x(m)),
             px(TOP),
             px(HEIGHT - BOTTOM),
@@ -72,7 +72,7 @@ pub(crate) fn curves(caption: &str, curves: &[Curve]) -> String {
     for m in few(l0, l1) {
         let _ = write!(
             out,
-            "<path class=\"grid\" d=\"M{} {1}H{2}\"/><text class=\"tick\" x=\"{3}\" y=\"{4}\" text-anchor=\"end\">{5}</text>",
+            "<path class=\"rule\" d=\"M{} {1}H{2}\"/><text class=\"tick\" x=\"{3}\" y=\"{4}\" text-anchor=\"end\">{5}</text>",
             px(LEFT),
             px(y(m)),
             px(WIDTH - RIGHT),

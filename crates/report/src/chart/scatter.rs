@@ -223,7 +223,7 @@ pub(crate) fn scatter(title: &str, axis: &XAxis, dots: &[Dot]) -> String {
     let mut last = f64::INFINITY;
     for t in PERCENT.into_iter().filter(|t| (sy.low..=sy.high).contains(t)) {
         let y = sy.at(t);
-        let _ = write!(out, "<path class=\"grid\" d=\"M{} {}H{}\"/>", px(x0), px(y), px(x1));
+        let _ = write!(out, "<path class=\"rule\" d=\"M{} {}H{}\"/>", px(x0), px(y), px(x1));
         if last - y >= 12.0 {
             let _ = write!(
                 out,
@@ -238,7 +238,7 @@ pub(crate) fn scatter(title: &str, axis: &XAxis, dots: &[Dot]) -> String {
     let mut last = f64::NEG_INFINITY;
     for &t in axis.ticks.iter().filter(|t| (sx.low..=sx.high).contains(*t)) {
         let x = sx.at(t);
-        let _ = write!(out, "<path class=\"grid\" d=\"M{} {}V{}\"/>", px(x), px(y0), px(y1));
+        let _ = write!(out, "<path class=\"rule\" d=\"M{} {}V{}\"/>", px(x), px(y0), px(y1));
         let shown = tick(t);
         let width = LETTER * shown.chars().count() as f64;
         if x - width / 2.0 - last >= 8.0 {
