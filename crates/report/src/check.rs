@@ -17,6 +17,11 @@ fn place(r: &Record) -> String {
     format!("record of {family}, seed {}, target {target}, method {method}, {set} prompts", r.seed)
 }
 
+/// Largest and smallest size of a number: nothing measured is outside, and no picture's arithmetic overflows inside.
+const MOST: f64 = 1e12;
+const LEAST: f64 = 1e-12;
+const NOT_NEGATIVE: &str = "between 0 and 1e12";
+
 fn number(
     place: &str,
     field: &'static str,
@@ -24,7 +29,8 @@ fn number(
     low: f64,
     need: &'static str,
 ) -> Result<(), ReportError> {
-    if value.is_finite() && value >= low {
+    // Written so that a NaN fails.
+    if (low..=MOST).contains(&value) {
         return Ok(());
     }
     Err(ReportError::Number { place: place.to_string(), field, value, need })
@@ -58,7 +64,6 @@ fn one(r: &Record) -> Result<(), ReportError> {
     ] {
         rate(&place, field, value)?;
     }
-    const NOT_NEGATIVE: &str = "a finite number, not negative";
     number(&place, "harm_percent", r.target.harm_percent, 0.0, NOT_NEGATIVE)?;
     for (field, value) in [("kl_task", r.kl_task), ("kl_benign", r.kl_benign), ("seconds", r.seconds)] {
         number(&place, field, value.unwrap_or(0.0), 0.0, NOT_NEGATIVE)?;
@@ -67,7 +72,7 @@ fn one(r: &Record) -> Result<(), ReportError> {
         number(&place, "coefficients", c, 0.0, NOT_NEGATIVE)?;
     }
     for point in r.tradeoff.iter().flatten() {
-        number(&place, "tradeoff.max_kl", point.max_kl, f64::MIN_POSITIVE, "a finite number above 0")?;
+        number(&place, "tradeoff.max_kl", point.max_kl, LEAST, "between 1e-12 and 1e12")?;
         number(&place, "tradeoff.loss", point.loss, 0.0, NOT_NEGATIVE)?;
         number(&place, "tradeoff.kl", point.kl, 0.0, NOT_NEGATIVE)?;
     }
@@ -82,11 +87,11 @@ fn one(r: &Record) -> Result<(), ReportError> {
 
 /// Refuses what cannot be.
 pub(crate) fn check(meta: &Meta, records: &[Record], layers: &[LayerScores]) -> Result<(), ReportError> {
-    number("meta", "seconds", meta.seconds.unwrap_or(0.0), 0.0, "a finite number, not negative")?;
+    number("meta", "seconds", meta.seconds.unwrap_or(0.0), 0.0, NOT_NEGATIVE)?;
     for scores in layers {
         let place = format!("scores of {}, seed {}", quoted(&scores.family), scores.seed);
         for layer in &scores.layers {
-            number(&place, "value", layer.value, f64::MIN, "a finite number")?;
+            number(&place, "value", layer.value, -MOST, "between -1e12 and 1e12")?;
         }
     }
     let mut seen = BTreeMap::new();

@@ -36,10 +36,8 @@ pub(crate) fn bars(scores: &LayerScores) -> String {
     let caption = format!("{name} · {selected} of {} selected", layers.len());
     let mut out = format!("<figure><figcaption>{}</figcaption>", text::html(&caption));
     let (least, most) = layers.iter().fold((0.0f64, 0.0f64), |(a, b), l| (a.min(l.value), b.max(l.value)));
-    // Halves first: the range of two finite numbers need not be finite.
-    let half_range = most / 2.0 - least / 2.0;
-    let half_range = if half_range > 0.0 { half_range } else { 0.5 };
-    let y = |v: f64| TOP + (most / 2.0 - v / 2.0) / half_range * (HEIGHT - TOP - BOTTOM);
+    let range = if most > least { most - least } else { 1.0 };
+    let y = |v: f64| TOP + (most - v) / range * (HEIGHT - TOP - BOTTOM);
     let step = (WIDTH - 2.0 * SIDE) / layers.len().max(1) as f64;
     let wide = (step * 0.72).min(26.0);
     let _ = write!(

@@ -1,7 +1,7 @@
 //! The three forms of a report: complete, the same each time, the same for any order of records.
 
 use crate::fake::{meta, record, study};
-use report::{Label, Meta, Report, Set};
+use report::{Label, Meta, Report, Set, TradeOff};
 use std::fs;
 use std::path::Path;
 
@@ -106,6 +106,26 @@ fn shifted_set_alone() {
         "{}",
         page.markdown()
     );
+}
+
+#[test]
+fn extremes_are_drawn() {
+    let (_, records, mut layers) = study();
+    let size = |k: usize| [0.0, 1e-12, 1e12][k % 3];
+    let mut records: Vec<_> = records.into_iter().take(60).collect();
+    for (k, r) in records.iter_mut().enumerate() {
+        (r.kl_task, r.kl_benign, r.seconds) = (Some(size(k)), Some(size(k + 1)), Some(size(k + 2)));
+        let point = |max_kl| TradeOff { max_kl, loss: size(k), kl: size(k) };
+        r.tradeoff = Some(vec![point(1e-12), point(1e12)]);
+        r.coefficients = Some([(0, 0.0), (u32::MAX, size(k))].into());
+    }
+    for (k, l) in layers.iter_mut().flat_map(|s| &mut s.layers).enumerate() {
+        (l.layer, l.value) = (u32::MAX - 99 + l.layer, [1e12, -1e12, 0.0][k % 3]);
+    }
+    layers[0].layers.clear();
+    let page = Report::of(meta(), records, layers).unwrap().html();
+    balanced(&page);
+    assert!(!page.contains("NaN") && !page.contains("inf\"") && !page.contains(" inf"));
 }
 
 #[test]

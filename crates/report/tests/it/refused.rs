@@ -12,7 +12,7 @@ fn refused(change: impl FnOnce(&mut Record)) -> ReportError {
 
 #[test]
 fn numbers_that_are_none() {
-    for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1e-9] {
+    for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1e-9, 1e13] {
         assert!(matches!(refused(|r| r.kl_task = Some(bad)), ReportError::Number { field: "kl_task", .. }));
         assert!(matches!(
             refused(|r| r.kl_benign = Some(bad)),
