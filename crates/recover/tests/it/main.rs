@@ -1,0 +1,7 @@
+//! Methods that run models, against examples worked by hand.
+
+#![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests are tests
+
+mod gram;
+mod safe_delta;
+mod support;
