@@ -124,6 +124,14 @@ impl RunError {
         Ok(())
     }
 
+    pub(crate) fn check_positive(name: &'static str, value: f64) -> Result<(), Self> {
+        if value > 0.0 && value.is_finite() {
+            Ok(())
+        } else {
+            Err(Self::Setting { name, value, need: "a positive number" })
+        }
+    }
+
     pub(crate) fn check_not_negative(name: &'static str, value: f64) -> Result<(), Self> {
         if value >= 0.0 && value.is_finite() {
             Ok(())

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests are tests
 
+mod few_shot;
 mod gram;
 mod safe_delta;
 mod support;
