@@ -5,4 +5,5 @@
 mod few_shot;
 mod gram;
 mod safe_delta;
+mod salora;
 mod support;

@@ -1,6 +1,7 @@
 //! A small random decoder, and rows for it.
 
 use candle_core::Tensor;
+use recover::ModuleFactors;
 use serde_json::json;
 use transformer::{Architecture, Attachments, Model, ModelError, ModuleKind, Row, WeightSource};
 
@@ -65,6 +66,20 @@ pub(crate) fn other(size: f32) -> Attachments {
         for (i, (kind, inn)) in [(ModuleKind::O, 16), (ModuleKind::Down, 24)].into_iter().enumerate() {
             let seed = 1000 + 10 * layer as u64 + i as u64;
             out.add_fixed(layer, kind, (&noise(32, seed), &noise(2 * inn, seed + 5)), 2, size).unwrap();
+        }
+    }
+    out
+}
+
+/// `B A` in f64.
+pub(crate) fn product(f: &ModuleFactors) -> Vec<f64> {
+    let inn = f.a.len() / f.rank;
+    let mut out = vec![0f64; f.b.len() / f.rank * inn];
+    for (row, b) in out.chunks_mut(inn).zip(f.b.chunks(f.rank)) {
+        for (b, a) in b.iter().zip(f.a.chunks(inn)) {
+            for (o, a) in row.iter_mut().zip(a) {
+                *o += f64::from(*b) * f64::from(*a);
+            }
         }
     }
     out
