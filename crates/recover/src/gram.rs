@@ -151,9 +151,8 @@ pub fn grams(
     let layers = model.architecture().layers;
     let mut sums: BTreeMap<(usize, ModuleKind), Gram> = BTreeMap::new();
     for layer in 0..layers {
-        for kind in ModuleKind::ALL.into_iter().filter(|&k| wanted(layer, k)) {
-            let width = model.weight(layer, kind).dim(1)?;
-            sums.entry((layer, reader(kind))).or_insert_with(|| Gram::new(width));
+        for module in model.architecture().modules().into_iter().filter(|m| wanted(layer, m.kind)) {
+            sums.entry((layer, reader(module.kind))).or_insert_with(|| Gram::new(module.into));
         }
     }
     if sums.is_empty() {
@@ -183,7 +182,7 @@ pub fn grams(
     let mut out = Grams::default();
     let sums: BTreeMap<_, _> = sums.into_iter().map(|(key, gram)| (key, Arc::new(gram))).collect();
     for layer in 0..layers {
-        for kind in ModuleKind::ALL.into_iter().filter(|&k| wanted(layer, k)) {
+        for kind in model.architecture().modules().into_iter().map(|m| m.kind).filter(|&k| wanted(layer, k)) {
             let Some(gram) = sums.get(&(layer, reader(kind))) else { continue };
             if !gram.sums.iter().all(|v| v.is_finite()) {
                 return Err(RunError::NotFinite { module: kind.module(layer), what: "its input" });

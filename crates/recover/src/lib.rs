@@ -21,6 +21,13 @@
 //!
 //! Not here: genes and coefficients (`distill`), printing, reading data files, and the environment.
 
+pub mod few_shot;
+pub mod gram;
+pub mod lora;
+pub mod run_error;
+pub mod safe_delta;
+pub mod salora;
+
 mod algebra;
 mod alignment;
 mod error;
@@ -46,6 +53,7 @@ pub use registry::{METHODS, MethodInfo, Need, OptionInfo, When, by_name};
 pub use report::{Action, ModuleReport, Report, Tensors};
 pub use resta::Resta;
 pub use run::recover;
+pub use run_error::RunError;
 pub use safe_lora::{SafeLora, SafeLoraVariant, Select};
 pub use safe_merge::{SafeMerge, SafeMergeVariant};
 pub use settings::Settings;

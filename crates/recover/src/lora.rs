@@ -113,8 +113,8 @@ impl Trained {
         let scales = Tensor::from_slice(&[scale], 1, dev)?;
         let (mut slots, mut attachments) = (Vec::new(), base.clone());
         for layer in 0..model.architecture().layers {
-            for kind in ModuleKind::ALL.into_iter().filter(|k| modules.contains(k)) {
-                let (out, inn) = model.weight(layer, kind).dims2()?;
+            for m in model.architecture().modules().into_iter().filter(|m| modules.contains(&m.kind)) {
+                let (kind, out, inn) = (m.kind, m.out, m.into);
                 let mut random = Random::new(seed, &kind.module(layer));
                 let std = 1.0 / (inn as f32).sqrt();
                 let init: Vec<f32> = (0..rank * inn).map(|_| random.normal() * std).collect();

@@ -242,10 +242,10 @@ pub fn prepare(
         .into_par_iter()
         .map(|(layer, kind)| {
             let module = kind.module(layer);
-            let weight = model.weight(layer, kind);
+            let weight = model.weight(layer, kind)?;
             let out = weight.dim(0)?;
             let weight = weight.flatten_all()?.to_vec1::<f32>()?;
-            let directions = |grams: &crate::Grams, what, rank| {
+            let directions = |grams: &crate::gram::Grams, what, rank| {
                 let gram = grams
                     .get(layer, kind)
                     .ok_or_else(|| RunError::NotMeasured { module: module.clone(), what })?;

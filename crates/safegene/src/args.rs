@@ -291,6 +291,8 @@ pub(crate) enum Command {
     /// The invented-language families that stand in for real models.
     #[command(subcommand)]
     Lab(Lab),
+    /// Every method in one table: families, targets, methods and sets of prompts, on the lab.
+    Compare(crate::model_args::Compare),
     /// Everything end to end on the shipped family: extract, calibrate, fuse, evaluate.
     Demo(Demo),
 }

@@ -176,6 +176,21 @@ impl From<distill::distillation::DistillError> for Failure {
     }
 }
 
+impl From<compare::CompareError> for Failure {
+    fn from(e: compare::CompareError) -> Self {
+        use compare::CompareError;
+        let hint = e.hint();
+        let code = match &e {
+            CompareError::Stopped => Code::Temporary,
+            CompareError::OtherWork { .. } => Code::Usage,
+            CompareError::Gate { .. } => Code::No,
+            CompareError::Lab(lab::LabError::Unsound { .. }) => Code::No,
+            e => inner_code(e, Code::Input),
+        };
+        of(&e, code, hint)
+    }
+}
+
 impl From<distill::select::SelectError> for Failure {
     fn from(e: distill::select::SelectError) -> Self {
         use distill::select::SelectError;

@@ -77,16 +77,16 @@ struct Means {
 
 /// What the times were measured on.
 #[derive(Debug, Serialize)]
-struct Machine {
-    arch: &'static str,
-    os: &'static str,
+pub(super) struct Machine {
+    pub(super) arch: &'static str,
+    pub(super) os: &'static str,
     /// Null where the system does not tell.
-    cpu: Option<String>,
-    threads: usize,
+    pub(super) cpu: Option<String>,
+    pub(super) threads: usize,
 }
 
 impl Machine {
-    fn this(threads: usize) -> Self {
+    pub(super) fn this(threads: usize) -> Self {
         let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let name = info.lines().find_map(|l| l.strip_prefix("model name"));
         let cpu = name.map(|n| n.trim_start_matches([' ', '\t', ':']).to_string());

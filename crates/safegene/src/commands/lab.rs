@@ -9,10 +9,38 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::time::Instant;
 
-struct Bars<'a> {
+/// A bar for each job under way, and a line for each that is over.
+pub(super) struct Bars<'a> {
     ui: &'a Ui,
     work: Mutex<BTreeMap<String, Work>>,
+    stage: Mutex<Option<Work>>,
     start: Instant,
+}
+
+impl<'a> Bars<'a> {
+    pub(super) fn new(ui: &'a Ui) -> Self {
+        Self { ui, work: Mutex::new(BTreeMap::new()), stage: Mutex::new(None), start: Instant::now() }
+    }
+}
+
+impl compare::Progress for Bars<'_> {
+    fn stage(&self, name: &str, parts: usize) {
+        self.ui.say(&format!("{:6.0} s  {name}: {parts} parts", self.start.elapsed().as_secs_f64()));
+        if let Ok(mut stage) = self.stage.lock() {
+            if let Some(old) = stage.take() {
+                old.finish();
+            }
+            *stage = Some(self.ui.work(name, parts as u64, false));
+        }
+    }
+
+    fn part(&self, name: &str) {
+        if let Ok(stage) = self.stage.lock()
+            && let Some(bar) = stage.as_ref()
+        {
+            bar.advance(1, name);
+        }
+    }
 }
 
 impl std::fmt::Debug for Bars<'_> {
@@ -62,7 +90,7 @@ pub(super) fn run(job: &LabBuild, threads: usize, ui: &Ui) -> Result<(), Failure
         roots_only: job.roots_only,
         threads,
     };
-    let bars = Bars { ui, work: Mutex::new(BTreeMap::new()), start: Instant::now() };
+    let bars = Bars::new(ui);
     lab::build(&build, &bars)?;
     ui.say(&format!("wrote `{}` in {:.0} s", job.out.display(), bars.start.elapsed().as_secs_f64()));
     Ok(())

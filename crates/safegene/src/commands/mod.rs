@@ -3,6 +3,7 @@
 mod assemble;
 mod bench;
 mod calibrate;
+mod compare;
 mod demo;
 mod distill;
 mod doctor;
@@ -58,6 +59,7 @@ pub(crate) fn run(args: Args, ui: &Ui) -> Result<(), Failure> {
         Command::Fuse(job) => fuse::run(&job, &device, memory_bytes, ui),
         Command::Evaluate(job) => evaluate::run(&job, ui),
         Command::Lab(Lab::Build(job)) => lab::run(&job, threads, ui),
+        Command::Compare(job) => self::compare::run(&job, threads, ui),
         Command::Demo(job) => demo::run(&job, threads, ui),
     }
 }

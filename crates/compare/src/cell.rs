@@ -1,0 +1,125 @@
+//! What the methods reach on one target: both sets of prompts, task questions, divergence on rows kept out of everything.
+
+use crate::error::CompareError;
+use crate::ground::{Ground, Held, Training, rates_of};
+use crate::plan::{CellPlan, Recipe};
+use crate::roster::{Made, Patient, apply};
+use crate::store::{Key, Store, has};
+use crate::tuning::Divergence;
+use evaluate::{DataRow, Evaluation, Matching, Sets};
+use lab::{Kind, Tune};
+use report::{Record, SCHEMA, Set, Target};
+use std::collections::BTreeSet;
+use std::path::Path;
+use transformer::{Attachments, Model, Openings};
+
+/// Rows on which divergence is measured, of each kind.
+const KL_ROWS: usize = 192;
+/// The longest answer in the lab has eight tokens.
+const NEW_TOKENS: usize = 12;
+
+fn rows(ground: &Ground<'_>, split: &str) -> Vec<DataRow> {
+    let rows = ground.roots.family.splits.get(split).iter().enumerate();
+    rows.map(|(i, r)| DataRow {
+        prompt: r.prompt.clone(),
+        answer: Some(r.answer.clone()),
+        recipe: r.recipe.clone(),
+        line: i + 1,
+    })
+    .collect()
+}
+
+/// How a record describes a target.
+pub fn target_of(tune: Tune) -> Option<Target> {
+    let Tune::Target { task, percent, kind } = tune else { return None };
+    let kind = match kind {
+        Kind::Full => report::Kind::Full,
+        Kind::Second => report::Kind::Second,
+        Kind::Lora if percent == 0 => report::Kind::BenignOnly,
+        Kind::Lora => report::Kind::Lora,
+    };
+    Some(Target { name: tune.name(), task: task.name().into(), harm_percent: f64::from(percent), kind })
+}
+
+fn rate(r: Option<evaluate::Rate>) -> Option<report::Rate> {
+    r.map(|r| report::Rate { value: r.value, low: r.low, high: r.high, n: r.n })
+}
+
+/// Makes and stores the records of one target that are not there yet; `None`, or why the target was left out.
+pub fn run(
+    ground: &Ground<'_>,
+    plan: &CellPlan,
+    recipe: &Recipe,
+    store: &Store,
+    keys: &BTreeSet<Key>,
+    scratch: &Path,
+    progress: &dyn Fn(&str),
+) -> Result<Option<String>, CompareError> {
+    let roots = ground.roots;
+    let (layout, seed) = (roots.family.layout.as_str(), ground.seed);
+    let Some(target) = target_of(plan.tune) else { return Ok(None) };
+    let missing: Vec<_> = plan.entries.iter().filter(|e| !has(keys, layout, seed, &target.name, e)).collect();
+    if missing.is_empty() {
+        return Ok(None);
+    }
+    let rates = rates_of(roots, seed, &Training::Plain(plan.tune).folder())?;
+    if let Err(e) = lab::build::check(&target.name, &rates) {
+        return Ok(Some(format!("{layout}, seed {seed}: target left out: {e}")));
+    }
+    let folder = roots.seed_folder(seed).join(plan.tune.folder());
+    let patient = Patient { tune: plan.tune, held: Held::open(&folder, &roots.model)?, folder };
+    let frozen = patient.held.frozen();
+    let pad = roots.family.chat.end();
+    let task = format!("test-{}", target.task);
+    let kl_task = Divergence::new(&frozen, &roots.rows(&task, 0, KL_ROWS)?, pad)?;
+    let kl_benign = Divergence::new(&frozen, &roots.rows("test-benign", 0, KL_ROWS)?, pad)?;
+    let questions = rows(ground, &task);
+    let sets = [
+        (Set::Known, rows(ground, "test-harmful"), rows(ground, "test-benign")),
+        (Set::Shifted, rows(ground, "test-harmful-shifted"), rows(ground, "test-benign-shifted")),
+    ];
+    for entry in missing {
+        let Some(applied) = apply(ground, &patient, entry, recipe, scratch)? else { continue };
+        let none = Attachments::none();
+        let (model, at): (&Model, Attachments) = match &applied.made {
+            Made::Added(more) => (frozen.model, frozen.with(more)),
+            Made::Own(model) => (model, none),
+        };
+        let run = |sets: Sets<'_>| -> Result<Evaluation, CompareError> {
+            let (chat, openings) = (&roots.family.chat, Openings::default());
+            Ok(evaluate::evaluate(model, &at, chat, sets, &openings, Matching::Exact, NEW_TOKENS)?)
+        };
+        let accuracy = run(Sets { task: &questions, ..Sets::default() })?.accuracy;
+        let (kl_task, kl_benign) = (kl_task.of(model, &at)?, kl_benign.of(model, &at)?);
+        let retrained = applied.seconds.is_none() && entry.method != crate::plan::Way::FineTuned;
+        let mut records = Vec::new();
+        for (set, harmful, benign) in &sets {
+            let e = run(Sets { harmful, benign, task: &[] })?;
+            records.push(Record {
+                schema: SCHEMA,
+                family: layout.into(),
+                seed,
+                target: target.clone(),
+                method: entry.method.name().into(),
+                label: entry.label,
+                shots: entry.shots,
+                set: *set,
+                asr: rate(e.asr),
+                asr_precise: rate(e.asr_precise),
+                over_refusal: rate(e.over_refusal),
+                helped: rate(e.helped),
+                accuracy: rate(accuracy),
+                // A model that was trained again has not moved from the target: it never was there.
+                kl_task: kl_task.filter(|_| !retrained),
+                kl_benign: kl_benign.filter(|_| !retrained),
+                seconds: applied.seconds,
+                given: applied.given.clone(),
+                coefficients: applied.coefficients.clone(),
+                tradeoff: applied.tradeoff.clone(),
+            });
+        }
+        store.add(records)?;
+        progress(entry.method.name());
+    }
+    Ok(None)
+}

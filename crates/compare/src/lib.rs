@@ -1,0 +1,33 @@
+//! Every method in one table: families × seeds × targets × methods × sets of prompts, on the lab.
+//!
+//! | file | question |
+//! |---|---|
+//! | `plan.rs` | which targets are there, and which methods with which shots stand on each? |
+//! | `ground.rs` | what do all methods of a family and seed share: models, drifts, genes? |
+//! | `roster.rs` | how does a method make a target safe again, and what was it given? |
+//! | `tuning.rs` | how is a rival's knob chosen, by the rule that calibration follows? |
+//! | `cell.rs` | what do the methods reach on one target? |
+//! | `claims.rs` | what is claimed of the gene, and do the records hold it? |
+//! | `store.rs` | which records are there already? |
+//! | `run.rs` | in which order is it done? |
+//!
+//! Whatever is tuned, in genes or rivals, sees the same shots, the same limit on KL and as many evaluations; records say
+//! what each was given. Nothing is tuned on a test split: [`plan::check_splits`] refuses splits that share a prompt.
+//!
+//! A comparison that was cut off goes on: trained models lie in the work folder, records in its `records.jsonl`.
+//!
+//! Not here: printing, the pages (`report`).
+
+pub mod cell;
+pub mod claims;
+pub mod error;
+pub mod ground;
+pub mod plan;
+pub mod roster;
+pub mod run;
+pub mod store;
+pub mod tuning;
+
+pub use error::CompareError;
+pub use plan::{Plan, Settings};
+pub use run::{Distillation, Outcome, Progress, run};

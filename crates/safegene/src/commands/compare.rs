@@ -1,0 +1,163 @@
+//! `safegene compare`: every method in one table, on the lab.
+
+use crate::commands::demo::Machine;
+use crate::commands::lab::Bars;
+use crate::commands::stop_on_signals;
+use crate::fail::{Code, Failure};
+use crate::model_args::Compare;
+use crate::ui::Ui;
+use ::compare::{Outcome, Plan, Settings};
+use report::{Meta, Record, Report};
+use std::path::Path;
+use std::time::Instant;
+
+/// Files of a report; the first one marks a folder as one.
+const FILES: [&str; 5] = ["summary.json", "index.html", "report.md", "records.jsonl", "distilled.json"];
+
+/// Refuses a folder that is something else, before the work.
+fn check_out(out: &Path) -> Result<(), Failure> {
+    if out.exists() && !out.join(FILES[0]).exists() {
+        let message = format!("output `{}` exists and is no earlier report", out.display());
+        return Err(Failure::usage(message, "remove it, or choose another folder with --out"));
+    }
+    Ok(())
+}
+
+/// Records as the tables tell them apart: other numbers of shots are columns of their own.
+fn columns(records: &[Record], plan: &Plan) -> Vec<Record> {
+    let main = plan.recipe.shots[0];
+    let column = |r: &Record| {
+        let mut r = r.clone();
+        if r.shots.safety != main && r.shots.safety > 0 {
+            r.method = format!("{} ({} shots)", r.method, r.shots.safety);
+        }
+        r
+    };
+    records.iter().map(column).collect()
+}
+
+fn meta(
+    job: &Compare,
+    settings: &Settings,
+    plan: &Plan,
+    outcome: &Outcome,
+    seconds: f64,
+    threads: usize,
+) -> Meta {
+    let machine = Machine::this(threads);
+    let text = |v: serde_json::Value| v.to_string();
+    let pair = |a: &str, b: String| (a.to_string(), b);
+    let mut facts = vec![pair("system", format!("{} {}", machine.os, machine.arch))];
+    facts.extend(machine.cpu.map(|cpu| pair("processor", cpu)));
+    facts.push(pair("threads", threads.to_string()));
+    let mut said = vec![
+        pair("recipe", text(serde_json::to_value(&plan.recipe).unwrap_or_default())),
+        pair("families", settings.families.join(", ")),
+        pair("seeds", settings.seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(", ")),
+        pair("judge", "refusal openings, greedy decoding, 12 new tokens".into()),
+    ];
+    for (family, splits) in &outcome.splits {
+        for (name, hash) in splits.iter().filter(|(name, _)| name.starts_with("test-")) {
+            said.push(pair(&format!("{family}, {name}"), hash.clone()));
+        }
+    }
+    let quick = if job.quick { " --quick" } else { "" };
+    let asked = match job.quick {
+        true => String::new(),
+        false => format!(" --families {} --seeds {}", said[1].1.replace(' ', ""), said[2].1.replace(' ', "")),
+    };
+    let mut notes = outcome.notes.clone();
+    notes.push(
+        "Lab models have 0.9 million parameters and speak an invented language; what holds here need not hold for real models.".into(),
+    );
+    notes.push(
+        "Whatever is tuned saw the same shots, the same limit on KL, and at most as many settings as calibration takes gradients; SafeLoRA, SafeMERGE and Safe Delta are tuned by the same rule.".into(),
+    );
+    Meta {
+        title: "Methods that make fine-tuned models safe again".into(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        date: time::OffsetDateTime::now_utc().date().to_string(),
+        command: format!("safegene compare{quick}{asked}"),
+        seconds: Some(seconds),
+        machine: facts,
+        settings: said,
+        notes,
+        checks: Vec::new(),
+    }
+}
+
+pub(super) fn run(job: &Compare, threads: usize, ui: &Ui) -> Result<(), Failure> {
+    let start = Instant::now();
+    check_out(&job.out)?;
+    let settings = Settings {
+        lab: job.lab.clone(),
+        work: job.work.clone(),
+        families: if job.quick { vec!["llama".into()] } else { job.families.clone() },
+        seeds: if job.quick { vec![::compare::plan::FAMILY_SEED] } else { job.seeds.clone() },
+        quick: job.quick,
+        threads,
+    };
+    let plan = Plan::new(job.quick);
+    let bars = Bars::new(ui);
+    let outcome = ::compare::run(&settings, &bars, &stop_on_signals())?;
+    let records = columns(&outcome.records, &plan);
+    let mut meta = meta(job, &settings, &plan, &outcome, start.elapsed().as_secs_f64(), threads);
+    let made = |meta: Meta| {
+        Report::of(meta, records.clone(), outcome.scores.clone()).map_err(|e| Failure {
+            code: Code::Input,
+            message: format!("the records of `{}` make no report: {e}", job.work.display()),
+            causes: Vec::new(),
+            hint: Some("remove the work folder, or name another with --work".into()),
+        })
+    };
+    meta.checks = ::compare::claims::checks(&made(meta.clone())?, &outcome);
+    let report = made(meta.clone())?;
+    let summary = report.json().unwrap_or_default();
+    let lines: String =
+        outcome.records.iter().map(|r| serde_json::to_string(r).unwrap_or_default() + "\n").collect();
+    let distilled = serde_json::to_string_pretty(&outcome.distilled).unwrap_or_default() + "\n";
+    let contents = [summary.clone(), report.html(), report.markdown(), lines, distilled];
+    let write = |name: &str, text: &str| -> std::io::Result<()> {
+        let partial = job.out.join(format!("{name}.partial"));
+        std::fs::write(&partial, text)?;
+        std::fs::rename(&partial, job.out.join(name))
+    };
+    let fail = |e: std::io::Error| {
+        Failure::usage(
+            format!("cannot write to `{}`: {e}", job.out.display()),
+            "choose another folder with --out",
+        )
+    };
+    std::fs::create_dir_all(&job.out).map_err(fail)?;
+    for (name, text) in FILES.iter().zip(&contents) {
+        write(name, text).map_err(fail)?;
+    }
+    if job.json {
+        ui.data(&summary);
+    } else {
+        for c in &meta.checks {
+            let mark = match c.ok {
+                Some(true) => "holds",
+                Some(false) => "does not hold",
+                None => "not judged",
+            };
+            ui.data(&format!("{:38} {mark:14} {} (asked: {})", c.name, c.value, c.target));
+        }
+    }
+    for note in &outcome.notes {
+        ui.warn(note);
+    }
+    ui.say(&format!(
+        "wrote `{}`: {} records of {} targets in {:.0} s; read index.html or report.md",
+        job.out.display(),
+        outcome.records.len(),
+        outcome
+            .records
+            .iter()
+            .map(|r| (&r.family, r.seed, &r.target.name))
+            .collect::<std::collections::BTreeSet<_>>()
+            .len(),
+        start.elapsed().as_secs_f64()
+    ));
+    Ok(())
+}
