@@ -8,4 +8,5 @@ mod expression;
 mod family;
 mod gene;
 mod hostile;
+mod made;
 mod support;

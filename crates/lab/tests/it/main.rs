@@ -92,8 +92,9 @@ fn every_family_is_trained_written_and_read_back() {
         let mut draw = rows.iter().cycle().cloned();
         let mut next = || Ok(draw.next().unwrap());
         let schedule = Schedule { steps: 2, rows: 4, rate: 1e-3 };
-        let weights = train::whole(&a, None, SEED, schedule, chat.end(), &mut next, &|_, loss| {
-            assert!(loss.is_finite())
+        let weights = train::whole(&a, None, SEED, schedule, chat.end(), &mut next, &mut |_, loss, _| {
+            assert!(loss.is_finite());
+            Ok(false)
         })
         .unwrap();
         for (name, (shape, _)) in &weights.0 {
