@@ -64,7 +64,7 @@ impl Recipe {
             version: 1,
             rank: 8,
             max_kl: 0.02,
-            delta: 0.003,
+            delta: 0.001,
             c_max: 10.0,
             shots: [8, 16, 8],
             distill: distill::distillation::Settings { steps, ..Default::default() },

@@ -138,7 +138,7 @@ impl Default for Limits {
         Self {
             max_kl: 0.02,
             c_max: 10.0,
-            delta: 0.003,
+            delta: 0.001,
             gradients_max: 24,
             freedom: Freedom::PerLayer,
             solver: Solver::Gradients,
@@ -489,6 +489,9 @@ impl<'a> Problem<'a> {
     }
 }
 
+/// Share of the limit on KL below which less of it is not looked for.
+const NEGLIGIBLE: f64 = 1e-3;
+
 fn settings(limits: &Limits) -> Settings {
     Settings {
         low: 0.0,
@@ -497,6 +500,7 @@ fn settings(limits: &Limits) -> Settings {
         evaluations_max: limits.gradients_max,
         feasible: 0.02,
         progress: 1e-3,
+        enough: f64::NEG_INFINITY,
     }
 }
 
@@ -527,7 +531,8 @@ pub fn calibrate(
         return Ok(result(&zeros, &zero, Goal::AlreadySafe, 0));
     }
     // 1. The least KL for the safety asked.
-    let (settings, state) = (settings(limits), |v: &Values, x: &[f64]| v.least_kl(x, log_delta));
+    let settings = Settings { enough: NEGLIGIBLE * eps, ..settings(limits) };
+    let state = |v: &Values, x: &[f64]| v.least_kl(x, log_delta);
     let (best, at_best, first) = problem.solve(&ones, &settings, limits.solver, &state)?;
     if best.violation() <= settings.feasible && at_best.within(eps) {
         return Ok(result(&best.x, &at_best, Goal::LeastKl, first));

@@ -42,6 +42,8 @@ pub struct Settings {
     pub feasible: f64,
     /// Ends when a feasible step promises less than this share of `f`.
     pub progress: f64,
+    /// Ends at a feasible point where `f` is at most this: less would not matter.
+    pub enough: f64,
 }
 
 /// Price of a violation in the merit function; grows when multipliers ask for more.
@@ -75,6 +77,9 @@ pub fn minimise<E>(
     let mut penalty = PENALTY;
     let mut used = 0;
     while used < settings.evaluations_max {
+        if best.violation() <= settings.feasible && best.f <= settings.enough {
+            break;
+        }
         let (step, multipliers) = quadratic_step(&at, &hessian, settings, radius, penalty);
         penalty = penalty.max(2.0 * multipliers.iter().fold(0.0, |m: f64, &l| m.max(l))).min(PENALTY_MAX);
         let merit = |p: &Point| p.f + penalty * p.h.iter().map(|h| h.max(0.0)).sum::<f64>();
@@ -244,7 +249,7 @@ mod tests {
     use std::convert::Infallible;
 
     fn settings() -> Settings {
-        Settings { low: 0.0, high: 10.0, radius: 2.0, evaluations_max: 40, feasible: 1e-3, progress: 1e-6 }
+        Settings { low: 0.0, high: 10.0, radius: 2.0, evaluations_max: 40, feasible: 1e-3, progress: 1e-6, enough: f64::NEG_INFINITY }
     }
 
     #[track_caller]
@@ -268,6 +273,25 @@ mod tests {
             dh: vec![vec![-1.0, -1.0]],
         };
         check(f, &[1.0, 1.0], &[4.0, 1.0], 2e-2);
+    }
+
+    #[test]
+    fn ends_early_where_less_would_not_matter() {
+        // min x² with x ≥ 1: any feasible point with x² ≤ 9 is good enough.
+        let f = |x: &[f64]| Point {
+            x: x.to_vec(),
+            f: x[0] * x[0],
+            df: vec![2.0 * x[0]],
+            h: vec![1.0 - x[0]],
+            dh: vec![vec![-1.0]],
+        };
+        let run = |x: &[f64]| -> Result<Point, Infallible> { Ok(f(x)) };
+        let early = Settings { enough: 9.0, ..settings() };
+        let (best, used) = minimise(f(&[9.0]), &early, run).unwrap();
+        assert!(best.f <= 9.0 && best.x[0] >= 0.999, "{best:?}");
+        let (exact, more) = minimise(f(&[9.0]), &settings(), run).unwrap();
+        assert!((exact.x[0] - 1.0).abs() < 1e-2 && used < more, "{used} and {more}");
+        assert_eq!(minimise(f(&[2.0]), &early, run).unwrap().1, 0, "the start is good enough");
     }
 
     #[test]

@@ -171,7 +171,7 @@ pub(crate) struct Calibrate {
     #[arg(long, default_value_t = 10.0, value_name = "C")]
     pub(crate) c_max: f64,
     /// Loss of the refusals that is safe enough, in nat per token.
-    #[arg(long, default_value_t = 0.003, value_name = "NAT")]
+    #[arg(long, default_value_t = 0.001, value_name = "NAT")]
     pub(crate) delta: f64,
     /// One coefficient for all layers.
     #[arg(long)]
