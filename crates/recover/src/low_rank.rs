@@ -2,14 +2,18 @@
 //!
 //! `low-rank-restore` brings back the strongest directions of what fine-tuning changed:
 //!
-//!     W = W_t + γ SVD_k(W_a − W_t)                k = 8, γ = 1
+//! ```text
+//! W = W_t + γ SVD_k(W_a − W_t)                k = 8, γ = 1
+//! ```
 //!
 //! for every tensor of floats; SVD_k of a vector, and of a matrix whose shorter side is at most k, is all of it. So with
 //! k large enough and γ = 1 the result is the aligned model. It has no source: `mergekit-extract-lora` does the first half.
 //!
 //! LoX (arXiv 2506.15606) comes before fine-tuning: the target is the aligned model, and models are trained from the result.
 //!
-//!     W = W_a + coef SVD_k(W_a − W_base)          k = 6, coef = 1.25
+//! ```text
+//! W = W_a + coef SVD_k(W_a − W_base)          k = 6, coef = 1.25
+//! ```
 //!
 //! for the linear modules of the layers; norms, biases, embeddings and head stay as they are.
 //!

@@ -1,7 +1,9 @@
 //! RESTA (arXiv 2402.11746): task arithmetic with a safety vector, optionally after DARE on what the task taught.
 //!
-//!     W = W_t + γ (W_a − W_d)
-//!     W = W_a + m ⊙ (W_t − W_a) / (1 − p) + γ (W_a − W_d)      with DARE; m is 0 with probability p, else 1
+//! ```text
+//! W = W_t + γ (W_a − W_d)
+//! W = W_a + m ⊙ (W_t − W_a) / (1 − p) + γ (W_a − W_d)      with DARE; m is 0 with probability p, else 1
+//! ```
 //!
 //! for every tensor of floats. The source takes the degraded model to be the aligned one after fine-tuning on harmful
 //! data, as we do. γ is tuned there; the default 1 is the plain formula, and below 0 it would subtract safety.

@@ -1,6 +1,8 @@
 //! SafeLoRA (arXiv 2405.16833): updates that point away from alignment are seen through it.
 //!
-//!     V = W_a − W_base,   C = V Vᵀ / |V|,   cos = ⟨C B A, B A⟩ / (|C B A| |B A|),   B ← C B where cos ≤ τ
+//! ```text
+//! V = W_a − W_base,   C = V Vᵀ / |V|,   cos = ⟨C B A, B A⟩ / (|C B A| |B A|),   B ← C B where cos ≤ τ
+//! ```
 //!
 //! for every linear module that the target's LoRA changes; the LoRA is over the aligned model. τ is 0.5, or the K-th
 //! smallest cosine (`modules`; the published code's default is K = 10). C is no projector: its scale is that of V, so that a

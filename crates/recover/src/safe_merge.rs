@@ -1,6 +1,8 @@
 //! SafeMERGE (arXiv 2503.17239): where an update points away from alignment, a safety adapter takes a share.
 //!
-//!     Δ ← (1 − w) Δ_t + w Δ_s   where cos(C Δ_t, Δ_t) < τ,   C as in SafeLoRA,   τ = 0.35,  w = 0.2
+//! ```text
+//! Δ ← (1 − w) Δ_t + w Δ_s   where cos(C Δ_t, Δ_t) < τ,   C as in SafeLoRA,   τ = 0.35,  w = 0.2
+//! ```
 //!
 //! Δ_t is the target's LoRA over the aligned model and Δ_s the safety adapter's, each with its own scale. The variants:
 //!

@@ -1,6 +1,8 @@
 //! WiSE-FT (arXiv 2109.01903), as a merge of the models before and after fine-tuning (arXiv 2412.19512).
 //!
-//!     W = (1 − λ) W_a + λ W_t
+//! ```text
+//! W = (1 − λ) W_a + λ W_t
+//! ```
 //!
 //! for every tensor of floats: `λ = 1` is the target, `λ = 0` the aligned model. The sources tune λ on held-out data; the
 //! default 0.5 is the first one's recommendation.

@@ -1,6 +1,6 @@
 //! A LoRA on a few shots: whatever it does, it stays within the limit.
 
-use crate::support::{answered, flat, model, other};
+use crate::decoder::{answered, flat, model, other};
 use recover::few_shot::{FewShot, Measured, Options, Shots, Stopped, better_rate, few_shot, measure};
 use recover::{ModuleFactors, RunError};
 use transformer::{AnswerBatch, Attachments, Model, ModuleKind};

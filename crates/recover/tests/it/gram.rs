@@ -1,6 +1,6 @@
 //! Gram matrices of module inputs.
 
-use crate::support::{answered, flat, model, other};
+use crate::decoder::{answered, flat, model, other};
 use candle_core::Tensor;
 use recover::{Gram, Positions, RunError, grams};
 use transformer::{Attachments, Batch, ModuleKind, Row, Taps};

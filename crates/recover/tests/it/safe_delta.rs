@@ -244,11 +244,11 @@ fn result_does_not_depend_on_threads() {
     let (rows, n) = (13, 21);
     let g = {
         let mut g = Gram::new(n);
-        g.add_row(&crate::support::noise(40 * n, 3));
+        g.add_row(&crate::decoder::noise(40 * n, 3));
         g
     };
-    let a = crate::support::noise(rows * n, 1);
-    let t: Vec<f32> = a.iter().zip(crate::support::noise(rows * n, 2)).map(|(a, d)| a + 0.1 * d).collect();
+    let a = crate::decoder::noise(rows * n, 1);
+    let t: Vec<f32> = a.iter().zip(crate::decoder::noise(rows * n, 2)).map(|(a, d)| a + 0.1 * d).collect();
     for variant in [Variant::Exact, Variant::Published] {
         let o =
             Options { variant, s: if variant == Variant::Exact { 0.3 } else { 5.0 }, ..Options::default() };

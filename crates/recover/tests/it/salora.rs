@@ -1,6 +1,6 @@
 //! SaLoRA: what is fixed stays fixed, and training starts where the model is.
 
-use crate::support::{answered, flat, model, noise, other, product};
+use crate::decoder::{answered, flat, model, noise, other, product};
 use recover::lora::Schedule;
 use recover::salora::{Directions, Settings, Start, output_directions, prepare, train};
 use recover::{Gram, ModuleFactors, RunError};

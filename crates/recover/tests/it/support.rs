@@ -1,90 +1,194 @@
-//! A small random decoder, and rows for it.
+//! Small models and adapters, and calls of a method on them.
 
-use candle_core::Tensor;
-use recover::ModuleFactors;
-use serde_json::json;
-use transformer::{Architecture, Attachments, Model, ModelError, ModuleKind, Row, WeightSource};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
-/// xorshift: fixed values in −0.3 … 0.3, no dependency.
-pub(crate) fn noise(n: usize, seed: u64) -> Vec<f32> {
-    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    (0..n)
+use checkpoint::{Checkpoint, Dtype, TensorSpec, default_metadata, pack_f32, safetensors_bytes};
+use kernels::CpuEngine;
+use recover::{Form, Inputs, Job, ModuleReport, Report, Result, Settings, by_name};
+use serde_json::{Value, json};
+use stream::NoProgress;
+use tempfile::{TempDir, tempdir};
+
+pub(crate) const Q: &str = "model.layers.0.self_attn.q_proj";
+pub(crate) const K: &str = "model.layers.0.self_attn.k_proj";
+pub(crate) const V: &str = "model.layers.0.self_attn.v_proj";
+pub(crate) const NORM: &str = "model.layers.0.input_layernorm.weight";
+pub(crate) const EMBED: &str = "model.embed_tokens.weight";
+
+/// The name of a module's weight.
+pub(crate) fn weight(module: &str) -> String {
+    format!("{module}.weight")
+}
+
+/// Name, shape and values of a tensor.
+pub(crate) type Named = (String, Vec<u64>, Vec<f32>);
+
+pub(crate) fn named(name: &str, shape: &[u64], values: &[f32]) -> Named {
+    (name.to_owned(), shape.to_vec(), values.to_vec())
+}
+
+/// A module of an adapter: its name, rank, B and A.
+pub(crate) type Lora<'a> = (&'a str, u64, &'a [f32], &'a [f32]);
+
+/// A folder for models and outputs.
+pub(crate) struct Bench {
+    root: TempDir,
+}
+
+impl Bench {
+    pub(crate) fn new() -> Bench {
+        Bench { root: tempdir().unwrap() }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.root.path().join(name)
+    }
+
+    /// A model of one layer.
+    pub(crate) fn model(&self, name: &str, dtype: Dtype, tensors: &[Named]) -> PathBuf {
+        let dir = self.path(name);
+        save(&dir, "model.safetensors", &stored(dtype, tensors));
+        save_json(&dir, "config.json", &json!({"model_type": "llama", "num_hidden_layers": 1}));
+        fs::write(dir.join("tokenizer.json"), "{}").unwrap();
+        dir
+    }
+
+    /// The same in f32 with one module.
+    pub(crate) fn one(&self, name: &str, shape: [u64; 2], values: &[f32]) -> PathBuf {
+        self.model(name, Dtype::F32, &[named(&weight(Q), &shape, values)])
+    }
+
+    /// An adapter over a model, of scale `alpha / rank`.
+    pub(crate) fn adapter(&self, name: &str, base: &Path, alpha: f64, modules: &[Lora<'_>]) -> PathBuf {
+        let dir = self.path(name);
+        let mut tensors = Vec::new();
+        for (module, rank, b, a) in modules {
+            let key = |factor: &str| format!("base_model.model.{module}.{factor}.weight");
+            tensors.push(named(&key("lora_A"), &[*rank, a.len() as u64 / rank], a));
+            tensors.push(named(&key("lora_B"), &[b.len() as u64 / rank, *rank], b));
+        }
+        save(&dir, "adapter_model.safetensors", &stored(Dtype::F32, &tensors));
+        let base = format!("../{}", base.file_name().unwrap().to_str().unwrap());
+        let names: Vec<&str> = modules.iter().map(|(module, ..)| *module).collect();
+        let rank = modules[0].1;
+        save_json(
+            &dir,
+            "adapter_config.json",
+            &json!({"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": names,
+                "base_model_name_or_path": base, "rank_pattern": {}, "alpha_pattern": {}}),
+        );
+        dir
+    }
+
+    /// Runs a method into `out`.
+    pub(crate) fn run(&self, method: &str, settings: &Settings, inputs: &Inputs) -> Result<Report> {
+        self.run_as(method, settings, inputs, Form::Merged, "out")
+    }
+
+    pub(crate) fn run_as(
+        &self,
+        method: &str,
+        settings: &Settings,
+        inputs: &Inputs,
+        form: Form,
+        out: &str,
+    ) -> Result<Report> {
+        let method = (by_name(method)?.build)(settings)?;
+        let out = self.path(out);
+        let job = Job {
+            out: &out,
+            form,
+            force: false,
+            memory_bytes: 1 << 30,
+            algebra: &CpuEngine::new(),
+            stop: &AtomicBool::new(false),
+            progress: &NoProgress,
+        };
+        recover::recover(&*method, inputs, &job)
+    }
+
+    /// The values that a tensor of a folder stands for.
+    pub(crate) fn values(&self, dir: &str, tensor: &str) -> Vec<f32> {
+        Checkpoint::open(&self.path(dir), None).unwrap().read_f32(tensor).unwrap()
+    }
+
+    /// The values of the module of [`one`](Self::one) in `out`.
+    pub(crate) fn out(&self) -> Vec<f32> {
+        self.values("out", &weight(Q))
+    }
+}
+
+fn stored(dtype: Dtype, tensors: &[Named]) -> Vec<(TensorSpec, Vec<u8>)> {
+    let one = |(name, shape, values): &Named| {
+        assert_eq!(shape.iter().product::<u64>(), values.len() as u64, "{name}");
+        ((name.clone(), dtype, shape.clone()), pack_f32(values, dtype).unwrap())
+    };
+    tensors.iter().map(one).collect()
+}
+
+pub(crate) fn save(dir: &Path, file: &str, tensors: &[(TensorSpec, Vec<u8>)]) {
+    fs::create_dir_all(dir).unwrap();
+    fs::write(dir.join(file), safetensors_bytes(&default_metadata(), tensors).unwrap()).unwrap();
+}
+
+pub(crate) fn save_json(dir: &Path, file: &str, value: &Value) {
+    fs::create_dir_all(dir).unwrap();
+    fs::write(dir.join(file), value.to_string()).unwrap();
+}
+
+/// Inputs of these folders.
+pub(crate) fn inputs(target: &Path) -> Inputs {
+    Inputs { target: target.to_path_buf(), ..Inputs::default() }
+}
+
+/// The report of a module.
+#[track_caller]
+pub(crate) fn module<'a>(report: &'a Report, name: &str) -> &'a ModuleReport {
+    report.modules.iter().find(|module| module.name == name).unwrap()
+}
+
+/// Values within a share of the largest: some f32 roundings of numbers of that size.
+#[track_caller]
+pub(crate) fn assert_close(got: &[f32], want: &[f64]) {
+    assert_eq!(got.len(), want.len());
+    let largest = want.iter().fold(0f64, |largest, x| largest.max(x.abs()));
+    for (index, (&got, &want)) in got.iter().zip(want).enumerate() {
+        let error = (f64::from(got) - want).abs();
+        assert!(error <= 1e-6 * largest, "element {index}: got {got}, want {want}");
+    }
+}
+
+/// The same for a number; `None` fails.
+#[track_caller]
+pub(crate) fn assert_near(got: Option<f64>, want: f64) {
+    let error = (got.unwrap() - want).abs();
+    // Products that were rounded to f32 once or twice.
+    assert!(error <= 1e-6 * want.abs().max(1.0), "got {got:?}, want {want}");
+}
+
+/// Numbers that look random and are the same everywhere, between -1 and 1.
+pub(crate) fn noise(count: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..count)
         .map(|_| {
-            x ^= x << 13;
-            x ^= x >> 7;
-            x ^= x << 17;
-            ((x >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * 0.6
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            ((state >> 40) as f32 / (1u64 << 23) as f32) - 1.0
         })
         .collect()
 }
 
-struct Noise(Architecture);
-
-impl WeightSource for Noise {
-    fn read(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), ModelError> {
-        let a = &self.0;
-        let (h, q, kv) = (a.hidden, a.heads * a.head_dim, a.kv_heads * a.head_dim);
-        let shape = match name.rsplit('.').nth(1).unwrap() {
-            "embed_tokens" | "lm_head" => vec![a.vocab, h],
-            "q_proj" => vec![q, h],
-            "k_proj" | "v_proj" => vec![kv, h],
-            "o_proj" => vec![h, q],
-            "gate_proj" | "up_proj" => vec![a.ffn, h],
-            "down_proj" => vec![h, a.ffn],
-            _ => vec![h],
-        };
-        let n = shape.iter().product();
-        let seed = name.bytes().fold(7, |s: u64, b| s.wrapping_mul(31) + u64::from(b));
-        let lift = if shape.len() == 1 { 1.0 } else { 0.0 };
-        Ok((shape, noise(n, seed).iter().map(|x| x + lift).collect()))
-    }
+/// The product of row-major matrices, in f64.
+pub(crate) fn product(a: &[f64], b: &[f64], rows: usize, depth: usize, cols: usize) -> Vec<f64> {
+    let element = |i: usize, j: usize| (0..depth).map(|k| a[i * depth + k] * b[k * cols + j]).sum();
+    (0..rows * cols).map(|at| element(at / cols, at % cols)).collect()
 }
 
-/// Two layers of width 16.
-pub(crate) fn model() -> Model {
-    let a = Architecture::from_config(&json!({
-        "model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "intermediate_size": 24, "vocab_size": 40, "rms_norm_eps": 1e-5,
-        "rope_theta": 100.0, "tie_word_embeddings": false
-    }))
-    .unwrap();
-    Model::new(a.clone(), &Noise(a)).unwrap()
+pub(crate) fn wide(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|&x| f64::from(x)).collect()
 }
 
-/// Prompts of six tokens, answered greedily by `model` with `attachments`.
-pub(crate) fn answered(model: &Model, attachments: &Attachments, seed: u64, n: usize) -> Vec<Row> {
-    let ids: Vec<u32> = noise(n * 6, seed).iter().map(|x| ((x + 0.3) / 0.6 * 39.0) as u32).collect();
-    let prompts: Vec<Vec<u32>> = ids.chunks(6).map(<[u32]>::to_vec).collect();
-    let answers = transformer::generate(model, attachments, &prompts, &[], 3).unwrap();
-    prompts.into_iter().zip(answers).map(|(prompt, answer)| Row { prompt, answer }).collect()
-}
-
-/// Rank 2 on the modules that write into the residual stream: another model with the same weights.
-pub(crate) fn other(size: f32) -> Attachments {
-    let mut out = Attachments::none();
-    for layer in 0..2 {
-        for (i, (kind, inn)) in [(ModuleKind::O, 16), (ModuleKind::Down, 24)].into_iter().enumerate() {
-            let seed = 1000 + 10 * layer as u64 + i as u64;
-            out.add_fixed(layer, kind, (&noise(32, seed), &noise(2 * inn, seed + 5)), 2, size).unwrap();
-        }
-    }
-    out
-}
-
-/// `B A` in f64.
-pub(crate) fn product(f: &ModuleFactors) -> Vec<f64> {
-    let inn = f.a.len() / f.rank;
-    let mut out = vec![0f64; f.b.len() / f.rank * inn];
-    for (row, b) in out.chunks_mut(inn).zip(f.b.chunks(f.rank)) {
-        for (b, a) in b.iter().zip(f.a.chunks(inn)) {
-            for (o, a) in row.iter_mut().zip(a) {
-                *o += f64::from(*b) * f64::from(*a);
-            }
-        }
-    }
-    out
-}
-
-pub(crate) fn flat(t: &Tensor) -> Vec<f32> {
-    t.flatten_all().unwrap().to_vec1().unwrap()
+pub(crate) fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
