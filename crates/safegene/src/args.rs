@@ -281,6 +281,8 @@ pub(crate) enum Command {
     Calibrate(crate::model_args::Calibrate),
     /// Write a target with the gene expressed in it.
     Fuse(Fuse),
+    /// Recover one model by another method than a gene: RESTA, SafeLoRA and so on.
+    Recover(Recover),
     /// Measure attack success, over-refusal and task accuracy.
     Evaluate(Evaluate),
     /// Throughput on synthetic checkpoints, beside the machine's own limits.
@@ -412,6 +414,101 @@ pub(crate) struct Fuse {
     /// The result as one JSON object on stdout.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct Recover {
+    /// Say which methods there are, what each needs, its options and its paper.
+    #[arg(long, conflicts_with_all = ["method", "target", "out"])]
+    pub(crate) list: bool,
+    /// The method.
+    #[arg(long, value_name = "NAME", required_unless_present = "list")]
+    pub(crate) method: Option<String>,
+    /// Folder of the fine-tuned model, or of an adapter; for a method that comes before training, of the aligned model.
+    #[arg(long, value_name = "DIR", required_unless_present = "list")]
+    pub(crate) target: Option<PathBuf>,
+    /// Folder of the model before it was aligned.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) base: Option<PathBuf>,
+    /// Folder of the aligned model.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) aligned: Option<PathBuf>,
+    /// Folder of the aligned model after it lost its safety, or of an adapter.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) degraded: Option<PathBuf>,
+    /// Folder of a LoRA over the aligned model that was trained on refusals.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) safety_adapter: Option<PathBuf>,
+    /// Base of inputs that are adapters [default: what adapter_config.json names, else the aligned model].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter_base: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) options: MethodOptions,
+    /// What to write; an adapter only by methods that keep a target adapter one.
+    #[arg(long, value_name = "FORM", default_value = "merged")]
+    pub(crate) r#as: Form,
+    /// Folder to write.
+    #[arg(long, value_name = "DIR", required_unless_present = "list")]
+    pub(crate) out: Option<PathBuf>,
+    /// Replace an output that exists.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// The result as one JSON object on stdout; with --list, the methods as one JSON array.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Options of methods; `--list` says which method has which, and its defaults.
+#[derive(Debug, Group)]
+#[command(next_help_heading = "Options of methods (defaults: --list)")]
+pub(crate) struct MethodOptions {
+    /// How strongly safety is added, 0 or more.
+    #[arg(long, value_name = "G", allow_negative_numbers = true)]
+    gamma: Option<f64>,
+    /// Share of the target in an average, 0 to 1.
+    #[arg(long, value_name = "L", allow_negative_numbers = true)]
+    lambda: Option<f64>,
+    /// Probability with which an element of what the task changed is dropped, below 1.
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    drop: Option<f64>,
+    /// Rank of a difference.
+    #[arg(long, value_name = "N")]
+    rank: Option<usize>,
+    /// How far alignment is extrapolated, 0 or more.
+    #[arg(long, value_name = "C", allow_negative_numbers = true)]
+    coefficient: Option<f64>,
+    /// Cosine up to which modules are changed, -1 to 1.
+    #[arg(long, value_name = "COS", allow_negative_numbers = true)]
+    tau: Option<f64>,
+    /// How many modules are changed, instead of a cosine.
+    #[arg(long, value_name = "K")]
+    modules: Option<usize>,
+    /// Share of the safety adapter, 0 to 1.
+    #[arg(long, value_name = "W", allow_negative_numbers = true)]
+    weight: Option<f64>,
+    /// Which form of the method.
+    #[arg(long, value_name = "NAME")]
+    variant: Option<String>,
+    /// Seed of what is random.
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+}
+
+impl MethodOptions {
+    pub(crate) fn settings(&self) -> recover::Settings {
+        recover::Settings {
+            gamma: self.gamma,
+            lambda: self.lambda,
+            drop: self.drop,
+            seed: self.seed,
+            rank: self.rank,
+            coefficient: self.coefficient,
+            tau: self.tau,
+            modules: self.modules,
+            weight: self.weight,
+            variant: self.variant.clone(),
+        }
+    }
 }
 
 #[derive(Debug, Group)]

@@ -154,6 +154,26 @@ impl From<stream::StreamError> for Failure {
     }
 }
 
+impl From<recover::RecoverError> for Failure {
+    fn from(e: recover::RecoverError) -> Self {
+        use recover::RecoverError as E;
+        let code = match &e {
+            E::UnknownMethod { .. }
+            | E::Missing { .. }
+            | E::Option { .. }
+            | E::UnusedOption { .. }
+            | E::NoAdapter { .. }
+            | E::Memory { .. } => Code::Usage,
+            E::Interrupted => Code::Temporary,
+            E::Gene(g) => gene_code(g),
+            e if e.is_of_device() => Code::Temporary,
+            E::Checkpoint(c) => checkpoint_code(c),
+            e => inner_code(e, Code::Input),
+        };
+        of(&e, code, e.hint())
+    }
+}
+
 impl From<distill::CalibrationError> for Failure {
     fn from(e: distill::CalibrationError) -> Self {
         let code = match &e {

@@ -14,10 +14,11 @@ mod inspect;
 mod lab;
 mod models;
 mod plan;
+mod recover;
 mod select;
 mod verify;
 
-use crate::args::{Args, Bench, Command, Lab};
+use crate::args::{Args, Bench, Command, Lab, Recover};
 use crate::device::Device;
 use crate::fail::{Code, Failure};
 use crate::ui::Ui;
@@ -36,6 +37,7 @@ pub(crate) fn run(args: Args, ui: &Ui) -> Result<(), Failure> {
             | Command::Assemble(_)
             | Command::Verify(_)
             | Command::Fuse(_)
+            | Command::Recover(Recover { list: false, .. })
             | Command::Bench(Bench::Extract(_) | Bench::Fuse(_) | Bench::Device(_))
     );
     let device = match on_weights {
@@ -57,6 +59,7 @@ pub(crate) fn run(args: Args, ui: &Ui) -> Result<(), Failure> {
         Command::Select(job) => select::run(&job, ui),
         Command::Calibrate(job) => calibrate::run(&job, ui),
         Command::Fuse(job) => fuse::run(&job, &device, memory_bytes, ui),
+        Command::Recover(job) => recover::run(&job, &device, memory_bytes, ui),
         Command::Evaluate(job) => evaluate::run(&job, ui),
         Command::Lab(Lab::Build(job)) => lab::run(&job, threads, ui),
         Command::Compare(job) => self::compare::run(&job, threads, ui),

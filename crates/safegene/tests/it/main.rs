@@ -6,5 +6,6 @@ mod bad_input;
 mod chain;
 mod device;
 mod house;
+mod recover;
 mod support;
 mod weight_path;
