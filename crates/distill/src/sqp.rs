@@ -249,7 +249,15 @@ mod tests {
     use std::convert::Infallible;
 
     fn settings() -> Settings {
-        Settings { low: 0.0, high: 10.0, radius: 2.0, evaluations_max: 40, feasible: 1e-3, progress: 1e-6, enough: f64::NEG_INFINITY }
+        Settings {
+            low: 0.0,
+            high: 10.0,
+            radius: 2.0,
+            evaluations_max: 40,
+            feasible: 1e-3,
+            progress: 1e-6,
+            enough: f64::NEG_INFINITY,
+        }
     }
 
     #[track_caller]
