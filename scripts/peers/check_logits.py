@@ -277,7 +277,7 @@ def main():
         gene = check.tmp / "gene"
         call(check.bin / "safegene", "-q", "extract", "--aligned", check.lab / "aligned", "--degraded",
              check.lab / "degraded-mild", "--rank", 8, "--out", gene)
-        for target in ("topic-5", "sentiment-1"):
+        for target in ("topic-1-full", "sentiment-1-second"):
             for dtype in ("f32", "bf16"):
                 check.lab_target(target, dtype)
         check.adapter_target("topic-1")

@@ -89,6 +89,19 @@ pub(crate) struct Distill {
     pub(crate) json: bool,
 }
 
+impl Default for Distill {
+    /// What the command line gives where nothing is said.
+    fn default() -> Self {
+        #[derive(clap::Parser)]
+        struct Bare {
+            #[command(flatten)]
+            call: Distill,
+        }
+        let needed = ["distill", "--aligned=x", "--degraded=x", "--safety=x", "--benign=x", "--out=x"];
+        <Bare as clap::Parser>::parse_from(needed).call
+    }
+}
+
 /// How layers are ranked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum By {

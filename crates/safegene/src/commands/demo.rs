@@ -1,6 +1,7 @@
-//! `safegene demo`: extract, calibrate, fuse, evaluate over the targets of a lab family, ending in one table.
+//! `safegene demo`: extract, distill, calibrate, fuse, evaluate over the targets of a lab family, ending in one table.
 //!
-//! The gene comes from the aligned and a degraded model of the family. Each target is calibrated on shots whose nouns
+//! The gene is extracted from the aligned and a degraded model of the family and distilled on its drifts, which were
+//! fine-tuned on tasks that no target has. Each target is calibrated on shots whose nouns
 //! occur in no test row, fused to a whole folder, read back from there and measured on both test sets.
 
 use crate::args::Demo;
@@ -8,11 +9,13 @@ use crate::commands::calibrate::{SWAPPED, ShotFiles, expression};
 use crate::commands::extract::Streaming;
 use crate::commands::{evaluate::chat_of, percent};
 use crate::fail::{Code, Failure};
+use crate::model_args::Distill;
 use crate::ui::{Ui, Work};
 use checkpoint::Checkpoint;
 use distill::{Calibration, Frozen, GeneAttachments, Goal, Limits};
 use evaluate::{DataRow, Evaluation, Fields, Matching, Rate, Sets, read_rows};
 use gene::Gene;
+use lab::Tune;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -23,10 +26,10 @@ use transformer::{Attachments, Chat, Model, Openings};
 
 /// The degraded model that the gene is extracted from.
 const DEGRADED: &str = "degraded-mild";
-/// Limit on KL, nat per token: the smallest of 0.02, 0.01, 0.005, 0.002 and 0.001 at which the mean ASR of the poisoned
-/// targets on the dev split stays below 2 %. ASR / over-refusal there: .009/.020, .010/.012, .010/.007, .018/.000,
-/// .054/.000.
-const MAX_KL: f64 = 0.002;
+/// Steps of the distillation.
+const STEPS: usize = 100;
+/// Shots of each kind: safety, task, benign.
+const SHOTS: [usize; 3] = [8, 16, 8];
 /// Rank of the gene.
 const RANK: usize = 8;
 /// The longest answer in the lab has eight tokens.
@@ -100,6 +103,7 @@ struct Table {
     tool: &'static str,
     lab: PathBuf,
     degraded: &'static str,
+    distill_steps: usize,
     rank: usize,
     captured: f64,
     limits: Limits,
@@ -164,8 +168,10 @@ impl Lab<'_> {
     }
 
     fn target(&self, name: &str, ui: &Ui, work: &Work) -> Result<TargetRow, Failure> {
-        // Some names have a hyphen of their own: the last part is the percentage.
-        let (task_name, poison) = name.rsplit_once('-').unwrap_or((name, "0"));
+        let (task_name, poisoned) = match Tune::target(name) {
+            Some(Tune::Target { task, percent, .. }) => (task.name(), percent > 0),
+            _ => return Err(Failure::usage(format!("`{name}` is no target of the lab"), "see `lab build`")),
+        };
         let target = Checkpoint::open(&self.root.join("targets").join(name), None)?;
         let chat = chat_of(&target)?;
         let model = Model::open(&target)?;
@@ -177,7 +183,9 @@ impl Lab<'_> {
         let (safety, benign) = (self.file("shots-safety"), self.file("shots-benign"));
         let task_shots = self.file(&format!("shots-{task_name}"));
         let files = ShotFiles { safety: &safety, task: &task_shots, benign: Some(&benign) };
-        let shots = files.read(&chat, &fields, &Openings::default(), &Ok)?;
+        let mut shots = files.read(&chat, &fields, &Openings::default(), &Ok)?;
+        let kinds = [&mut shots.safety, &mut shots.task, &mut shots.benign];
+        kinds.into_iter().zip(SHOTS).for_each(|(rows, n)| rows.truncate(n));
         let attachments = GeneAttachments::new(&self.gene)?;
         let ones = self.gene.layers().into_iter().map(|l| (l, 1.0)).collect();
         let at_one = self.state(&model, &attachments.at(&ones)?, &chat, &task)?;
@@ -204,7 +212,7 @@ impl Lab<'_> {
         work.advance(1, name);
         Ok(TargetRow {
             name: name.into(),
-            poisoned: poison != "0",
+            poisoned,
             before,
             at_one,
             after,
@@ -276,6 +284,25 @@ fn targets(job: &Demo) -> Result<Vec<String>, Failure> {
     }
 }
 
+/// The call of `safegene distill` that the demo makes.
+fn distillation(job: &Demo, from: &Path, out: &Path) -> Distill {
+    let data = |name: &str| job.lab.join("data").join(format!("{name}.jsonl"));
+    let names: Vec<String> = lab::tune::drifts().map(Tune::name).collect();
+    Distill {
+        gene: Some(from.into()),
+        aligned: job.lab.join("aligned"),
+        degraded: names.iter().map(|n| job.lab.join("drifts").join(n)).collect(),
+        keep: names.iter().map(|n| data(&format!("train-{n}"))).collect(),
+        safety: data("distill-safety"),
+        benign: data("distill-benign"),
+        steps: STEPS,
+        new_tokens: NEW_TOKENS,
+        out: out.into(),
+        force: true,
+        ..Distill::default()
+    }
+}
+
 /// The output folder, made anew if an earlier demo left it.
 fn prepare(out: &Path) -> Result<(), Failure> {
     let marker = out.join("demo.json");
@@ -298,21 +325,21 @@ pub(super) fn run(job: &Demo, threads: usize, ui: &Ui) -> Result<(), Failure> {
     let start = Instant::now();
     let names = targets(job)?;
     prepare(&job.out)?;
-    let gene_dir = job.out.join("gene");
+    let (svd_dir, gene_dir) = (job.out.join("extracted"), job.out.join("gene"));
     let (aligned, degraded) = (job.lab.join("aligned"), job.lab.join(DEGRADED));
     let (aligned, degraded) = (Checkpoint::open(&aligned, None)?, Checkpoint::open(&degraded, None)?);
     let ranks = stream::Ranks::Fixed(RANK);
-    let extract =
-        stream::Extract { force: true, ..stream::Extract::new(aligned, degraded, ranks, &gene_dir) };
+    let extract = stream::Extract { force: true, ..stream::Extract::new(aligned, degraded, ranks, &svd_dir) };
     let streaming = Streaming::new(ui);
     let report = stream::extract(&kernels::CpuEngine::new(), &extract, &streaming);
     streaming.finish();
     let report = report?;
     ui.say(&format!(
-        "gene      `{}`: {} of the difference between `aligned` and `{DEGRADED}` held at rank {RANK}",
-        gene_dir.display(),
+        "extracted `{}`: {} of the difference between `aligned` and `{DEGRADED}` held at rank {RANK}",
+        svd_dir.display(),
         percent(report.captured)
     ));
+    crate::commands::distill::run(&distillation(job, &svd_dir, &gene_dir), ui)?;
 
     let fields = Fields::default();
     let read = |name: &str| read_rows(&job.lab.join("data").join(format!("{name}.jsonl")), &fields, true);
@@ -326,10 +353,9 @@ pub(super) fn run(job: &Demo, threads: usize, ui: &Ui) -> Result<(), Failure> {
             harmful_shifted: read("test-harmful-shifted")?,
             benign_shifted: read("test-benign-shifted")?,
         },
-        limits: Limits { max_kl: MAX_KL, ..Limits::default() },
+        limits: Limits::default(),
     };
-    let shots =
-        BTreeMap::from([("safety", read("shots-safety")?.len()), ("benign", read("shots-benign")?.len())]);
+    let shots = ["safety", "task", "benign"].into_iter().zip(SHOTS).collect();
     let rows = over_targets(&lab, &names, threads, ui)?;
 
     let chosen = |poisoned: bool| rows.iter().filter(|r| r.poisoned == poisoned).collect::<Vec<_>>();
@@ -338,6 +364,7 @@ pub(super) fn run(job: &Demo, threads: usize, ui: &Ui) -> Result<(), Failure> {
         tool: env!("CARGO_PKG_VERSION"),
         lab: job.lab.clone(),
         degraded: DEGRADED,
+        distill_steps: STEPS,
         rank: RANK,
         captured: report.captured,
         limits: lab.limits,

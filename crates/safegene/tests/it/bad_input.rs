@@ -112,7 +112,7 @@ fn other_architecture() {
 fn gene_of_another_family() {
     let bench = Bench::new();
     let gene = bench.gene();
-    let bad = bench.copy("targets/topic-5", "bad");
+    let bad = bench.copy("targets/topic-1-full", "bad");
     let mut config = read_json(&bad.join("config.json"));
     config["model_type"] = "qwen2".into();
     write_json(&bad.join("config.json"), &config);
@@ -186,7 +186,7 @@ fn pickle_where_weights_should_be() {
 }
 
 fn calibrate(bench: &Bench, gene: &str, safety: &str, task: &str) -> crate::support::Outcome {
-    let target = lab("targets/topic-5");
+    let target = lab("targets/topic-1-full");
     safegene(&[
         "--quiet",
         "calibrate",
@@ -256,7 +256,7 @@ fn output_folder_that_cannot_be_written() {
 fn expression_in_a_folder_that_is_not_there() {
     let bench = Bench::new();
     let gene = bench.gene();
-    let (target, out) = (lab_arg("targets/topic-5"), bench.arg("nowhere/expression.json"));
+    let (target, out) = (lab_arg("targets/topic-1-full"), bench.arg("nowhere/expression.json"));
     let (safety, task) = (data("shots-safety.jsonl"), data("shots-topic.jsonl"));
     let call = [
         "calibrate",
@@ -339,7 +339,7 @@ fn force_does_not_replace_a_folder_that_is_no_output() {
 fn negative_coefficient() {
     let bench = Bench::new();
     let gene = bench.gene();
-    let target = lab("targets/topic-5");
+    let target = lab("targets/topic-1-full");
     let call = [
         "fuse",
         "--gene",
@@ -359,7 +359,7 @@ fn expression_made_for_another_target() {
     let gene = bench.gene();
     let outcome = calibrate(&bench, &gene, &data("shots-safety.jsonl"), &data("shots-topic.jsonl"));
     outcome.ok();
-    let other = lab("targets/sentiment-1");
+    let other = lab("targets/sentiment-1-second");
     let (expression, out) = (bench.arg("expression.json"), bench.arg("out"));
     let call = [
         // The target is known once it was read, which shows as progress otherwise.

@@ -44,7 +44,7 @@ fn evaluate(bench: &Bench, model: &Path) -> Value {
 fn poisoned_target_is_made_safe_and_stays_useful() {
     let bench = Bench::new();
     let gene = bench.gene();
-    let target = lab("targets/topic-5");
+    let target = lab("targets/topic-1-full");
     let target_arg = target.to_str().unwrap();
     let data = |name: &str| lab("data").join(name).to_str().unwrap().to_string();
     let (safety, task, benign) =

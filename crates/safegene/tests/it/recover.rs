@@ -129,11 +129,11 @@ fn restored_at_full_strength_a_lora_target_is_the_aligned_model() {
 fn wise_ft_at_its_ends() {
     let bench = Bench::new();
     // A whole model.
-    let (target, aligned, out) = (lab_arg("targets/topic-5"), lab_arg("aligned"), bench.arg("out"));
+    let (target, aligned, out) = (lab_arg("targets/topic-1-full"), lab_arg("aligned"), bench.arg("out"));
     let file = |dir: &std::path::Path| fs::read(dir.join("model.safetensors")).unwrap();
     let given = ["--aligned", &aligned, "--lambda", "1", "--degraded", &aligned];
     let end = safegene(&call("wise-ft", &target, &out, &given)).ok();
-    assert_eq!(file(&bench.path("out")), file(&lab("targets/topic-5")));
+    assert_eq!(file(&bench.path("out")), file(&lab("targets/topic-1-full")));
     assert_eq!(report(&end.stdout)["changed_nothing"], true);
     for word in ["changed nothing", "`--degraded DIR` is not used by `wise-ft`"] {
         assert!(end.stderr.contains(word), "{}", end.stderr);
