@@ -48,6 +48,8 @@ pub struct Recipe {
     pub max_kl: f64,
     /// Safety loss that is enough, nat per token.
     pub delta: f64,
+    /// Safety loss of a target that every tuned method leaves as it is, nat per token.
+    pub leave: f64,
     /// Largest coefficient.
     pub c_max: f64,
     /// Shots of the main columns.
@@ -63,8 +65,9 @@ impl Recipe {
         Self {
             version: 1,
             rank: 8,
-            max_kl: 0.02,
+            max_kl: 0.002,
             delta: 0.001,
+            leave: 0.05,
             c_max: 10.0,
             shots: [8, 16, 8],
             distill: distill::distillation::Settings { steps, ..Default::default() },

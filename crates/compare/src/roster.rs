@@ -89,6 +89,16 @@ pub fn apply(
         pad: ground.roots.family.chat.end(),
     };
     let clock = Instant::now();
+    if !work.shots.safety.is_empty() {
+        let meter = Meter::new(&work.target, &work.shots, work.pad)?;
+        let loss = meter.of(work.target.model, &work.target.own)?.loss;
+        if loss <= recipe.leave {
+            let given = format!("left as it is: its safety loss is {loss:.4}");
+            let mut applied = work.plain(Made::Added(Attachments::none()), given);
+            applied.seconds = Some(clock.elapsed().as_secs_f64());
+            return Ok(Some(applied));
+        }
+    }
     let mut applied = match (entry.method, entry.label) {
         (Way::FineTuned, _) => {
             let made = Made::Added(Attachments::none());
@@ -201,8 +211,14 @@ impl Work<'_> {
         given: &str,
     ) -> Result<Applied, CompareError> {
         let r = self.recipe;
-        let limits =
-            Limits { max_kl: r.max_kl, c_max: r.c_max, delta: r.delta, freedom, ..Limits::default() };
+        let limits = Limits {
+            max_kl: r.max_kl,
+            c_max: r.c_max,
+            delta: r.delta,
+            leave: 0.0,
+            freedom,
+            ..Limits::default()
+        };
         let clock = Instant::now();
         let found = distill::calibrate(&self.target, gene, &self.shots, &limits, self.pad)?;
         let seconds = clock.elapsed().as_secs_f64();

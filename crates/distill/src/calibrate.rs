@@ -9,7 +9,7 @@
 //! 1. the least `KL_task + KL_benign` such that `L ≤ δ`, if that needs no more than the limit ε on each;
 //! 2. else the least `L` such that `KL_task ≤ ε` and `KL_benign ≤ ε`.
 //!
-//! `0 ≤ c_l ≤ c_max` always. The solver is [`crate::sqp`] with exact gradients, on `log L`, or, where gradients cost too
+//! A target whose loss is small to begin with is left as it is. `0 ≤ c_l ≤ c_max` always. The solver is [`crate::sqp`] with exact gradients, on `log L`, or, where gradients cost too
 //! much memory, COBYLA (Powell 1994) on values alone; what ends above the limit is scaled back towards zero by bisection.
 
 use crate::gene::{Frozen, GeneAttachments};
@@ -123,6 +123,9 @@ pub struct Limits {
     pub c_max: f64,
     /// δ: safety loss that is enough, nat per token.
     pub delta: f64,
+    /// Safety loss of a target that is left as it is, nat per token: one that refuses already can only lose.
+    #[serde(default)]
+    pub leave: f64,
     /// Evaluations with gradients in each of the two problems; without gradients ten times as many.
     pub gradients_max: usize,
     /// What may move.
@@ -139,6 +142,7 @@ impl Default for Limits {
             max_kl: 0.02,
             c_max: 10.0,
             delta: 0.001,
+            leave: 0.05,
             gradients_max: 24,
             freedom: Freedom::PerLayer,
             solver: Solver::Gradients,
@@ -157,7 +161,11 @@ impl Limits {
         };
         positive("max-kl", self.max_kl)?;
         positive("c-max", self.c_max)?;
-        positive("delta", self.delta)
+        positive("delta", self.delta)?;
+        match self.leave.is_finite() && self.leave >= 0.0 {
+            true => Ok(()),
+            false => Err(CalibrationError::Limit { name: "leave", value: self.leave, need: "zero or more" }),
+        }
     }
 }
 
@@ -527,7 +535,7 @@ pub fn calibrate(
         kl_benign: problem.benign.as_ref().map(|_| v.benign.0),
         gradients,
     };
-    if zero.loss.0 <= limits.delta {
+    if zero.loss.0 <= limits.delta.max(limits.leave) {
         return Ok(result(&zeros, &zero, Goal::AlreadySafe, 0));
     }
     // 1. The least KL for the safety asked.

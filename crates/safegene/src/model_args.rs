@@ -186,6 +186,9 @@ pub(crate) struct Calibrate {
     /// Loss of the refusals that is safe enough, in nat per token.
     #[arg(long, default_value_t = 0.001, value_name = "NAT")]
     pub(crate) delta: f64,
+    /// A target whose loss of the refusals is at most this, in nat per token, is left as it is.
+    #[arg(long, default_value_t = 0.05, value_name = "NAT")]
+    pub(crate) leave: f64,
     /// One coefficient for all layers.
     #[arg(long)]
     pub(crate) one_coefficient: bool,

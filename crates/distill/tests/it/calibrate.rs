@@ -196,12 +196,15 @@ fn safe_target_gets_nothing() {
     let mut shots = shots(&model, &gene);
     shots.safety = shots.benign.clone();
     let before = Meter::new(&model, &gene, &shots).at([0.0; 3]).0;
-    let limits = Limits { delta: before * 1.01, ..Limits::default() };
+    let limits = Limits { leave: before * 1.01, ..Limits::default() };
     let found = calibrate(&Frozen::new(&model), &gene, &shots, &limits, 0).unwrap();
     assert_eq!(found.goal, Goal::AlreadySafe);
     assert!(found.coefficients.values().all(|&c| c == 0.0));
     assert_eq!(found.loss, found.loss_before);
     assert!(!found.raises_safety_loss());
+    let limits = Limits { leave: before * 0.99, ..Limits::default() };
+    let found = calibrate(&Frozen::new(&model), &gene, &shots, &limits, 0).unwrap();
+    assert_ne!(found.goal, Goal::AlreadySafe);
 }
 
 #[test]
@@ -242,6 +245,7 @@ fn missing_shots_and_senseless_limits_are_refused() {
         Limits { max_kl: f64::NAN, ..Limits::default() },
         Limits { c_max: -1.0, ..Limits::default() },
         Limits { delta: f64::INFINITY, ..Limits::default() },
+        Limits { leave: -0.1, ..Limits::default() },
     ] {
         assert!(matches!(run(&good, limits), CalibrationError::Limit { .. }), "{limits:?}");
     }

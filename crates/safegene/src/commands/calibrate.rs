@@ -93,6 +93,7 @@ pub(super) fn expression(
     put("max_kl", limits.max_kl);
     put("c_max", limits.c_max);
     put("delta", limits.delta);
+    put("leave", limits.leave);
     put("kl", found.kl_task);
     if let Some(kl) = found.kl_benign {
         put("kl_benign", kl);
@@ -287,6 +288,7 @@ fn one(
         max_kl: call.max_kl,
         c_max: call.c_max,
         delta: call.delta,
+        leave: call.leave,
         freedom: if call.one_coefficient { Freedom::OneForAll } else { Freedom::PerLayer },
         solver: if call.forward_only { Solver::ForwardOnly } else { Solver::Gradients },
         ..Limits::default()
@@ -432,6 +434,7 @@ fn already(
         let same_limits = number("max_kl") == Some(limits.max_kl)
             && number("c_max") == Some(limits.c_max)
             && number("delta") == Some(limits.delta)
+            && number("leave").is_none_or(|v| v == limits.leave)
             && word("freedom", serde_json::to_value(limits.freedom).unwrap_or_default())
             && word("solver", serde_json::to_value(limits.solver).unwrap_or_default());
         let has_curve = old.extra.contains_key("trade_off") || job.call.trade_off.is_empty();

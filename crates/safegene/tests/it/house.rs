@@ -9,12 +9,13 @@ fn root() -> PathBuf {
 }
 
 /// Floors, bottom up: a crate may import only from floors below its own.
-const FLOORS: [&[&str]; 6] = [
+const FLOORS: [&[&str]; 7] = [
     &["kernels"],
     &["lowrank", "checkpoint", "report"],
     &["gene"],
     &["transformer", "stream"],
     &["distill", "recover", "evaluate", "lab", "bench"],
+    &["compare"],
     &["safegene"],
 ];
 

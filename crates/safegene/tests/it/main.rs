@@ -6,6 +6,7 @@ mod bad_input;
 mod chain;
 mod device;
 mod house;
+mod models;
 mod recover;
 mod support;
 mod weight_path;
