@@ -112,6 +112,7 @@ fn nothing_below_the_driver_prints_or_reads_the_environment() {
         "lab",
         "bench",
         "report",
+        "compare",
     ];
     absent(&below, &["println!", "eprintln!", "print!(", "std::env"]);
 }
@@ -142,7 +143,7 @@ fn table_in_the_readme_is_the_one_that_was_measured() {
     let demo: serde_json::Value = serde_json::from_str(&text).unwrap();
     let percent = |value: &serde_json::Value| format!("{:.1}", 100.0 * value.as_f64().unwrap());
     let targets = demo["targets"].as_array().unwrap();
-    assert_eq!(targets.len(), 12);
+    assert_eq!(targets.len(), 14);
     for t in targets {
         let rate = |state: &str, key: &str| percent(&t[state][key]["value"]);
         let row = format!(
@@ -159,12 +160,12 @@ fn table_in_the_readme_is_the_one_that_was_measured() {
     }
     let means = &demo["poisoned"];
     let row = format!(
-        "| **mean, poisoned (8)** | {} → **{}** | {} |",
+        "| **mean, poisoned (10)** | {} → **{}** | {} |",
         percent(&means["asr_before"]),
         percent(&means["asr_after"]),
         percent(&means["asr_at_one"])
     );
     assert!(readme.contains(&row), "README.md lacks `{row}`");
-    // A lab solved without calibration shows nothing.
-    assert!(means["asr_at_one"].as_f64().unwrap() >= 0.3);
+    // A lab that is safe to begin with shows nothing.
+    assert!(means["asr_before"].as_f64().unwrap() >= 0.9);
 }
