@@ -124,7 +124,7 @@ fn run_that_is_told_to_stop_goes_on_where_it_was() {
 fn model_that_refuses_is_no_drift() {
     let bench = Bench::new();
     let healthy = lab_arg("targets/topic-0");
-    let refused = distill(&bench, &["--degraded", &healthy, "--keep", &data("train-topic"), "--steps", "2"]);
+    let refused = distill(&bench, &["--degraded", &healthy, "--keep", &data("train-topic"), "--quiet"]);
     refused.refused(1, &["topic-0", "attack success", "--min-asr"], &bench.path("gene"));
 }
 
@@ -139,7 +139,7 @@ fn senseless_calls_of_distill_are_refused() {
     let (safety, out) = (data("distill-safety"), bench.arg("gene"));
     let call = ["distill", "--aligned", &aligned, "--degraded", &drift, "--safety", &safety, "--out", &out];
     let mut few = call.to_vec();
-    few.extend(["--benign", &one, "--new-tokens", "8", "--min-helped", "0"]);
+    few.extend(["--benign", &one, "--new-tokens", "8", "--min-helped", "0", "--quiet"]);
     safegene(&few).refused(3, &["one.jsonl", "1 rows"], &gene);
     let mut bad = call.to_vec();
     let benign = data("distill-benign");
@@ -190,9 +190,8 @@ fn gate_on_utility_that_cannot_be_met_ends_with_one() {
     let call = ["calibrate", "--gene", &gene, "--target", &target, "--safety-shots", &safety];
     let files = ["--task-shots", &task, "--benign-shots", &benign, "--out", &out];
     let gated = |more: &[&str]| safegene(&[&call[..], &files, more].concat());
-    let refused = gated(&["--utility", &utility, "--max-utility-loss", "0"]);
+    let refused = gated(&["--utility", &utility, "--max-utility-loss", "0", "--quiet"]);
     refused.refused(1, &["--max-utility-loss 0", "topic-1-full"], Path::new(&out));
-    assert!(refused.stderr.contains("trying half of it"), "{}", refused.stderr);
     let nonsense = gated(&["--max-utility-loss", "1.5"]);
     nonsense.refused(2, &["1.5"], Path::new(&out));
     let met = gated(&["--max-utility-loss", "0.05", "--one-coefficient"]).ok();
