@@ -47,6 +47,8 @@ mod wise_ft;
 
 pub use algebra::{Algebra, Difference};
 pub use error::{RecoverError, Result};
+pub use gram::{Gram, Grams, Positions, grams};
+pub use lora::ModuleFactors;
 pub use low_rank::{LowRankRestore, Lox};
 pub use method::{Form, Inputs, Job, Method, Models, Outcome, Outputs, Shot, Shots};
 pub use registry::{METHODS, MethodInfo, Need, OptionInfo, When, by_name};
