@@ -1,15 +1,16 @@
-//! Genes as a PEFT adapter over a target.
+//! Genes, or factors that were trained, as a PEFT adapter over a target.
 //!
 //! Module by module `c * B` and `A`, the layer's coefficient folded into B once in `f32`, scale 1. If the target is an
 //! adapter itself, or there are several genes, the result is one adapter over the same base that holds all: ranks are
 //! concatenated (the target's first), which is exact up to the rounding of each B to `f32`; what the target saved whole
-//! is copied.
+//! is copied. Factors that are no gene's ([`factors_into`]) are written the same way, all of them.
 //!
 //! An adapter cannot hold the rest. What is lost so is reported, never hidden; whether that is acceptable is the caller's
 //! decision. With every coefficient 0 all modules are written with B = 0, because loaders refuse an empty adapter.
 //!
 //! Not here: merging into weights, profiles for other loaders.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
@@ -62,63 +63,22 @@ pub fn adapter_into(
     for (gene, coefficients) in genes {
         check(gene, coefficients, target)?;
     }
-    let plan = Plan::new(genes, target.adapter())?;
-    let saved: Vec<_> = target.adapter().map(|adapter| adapter.saved().iter().collect()).unwrap_or_default();
-
-    let mut specs: Vec<TensorSpec> = Vec::new();
-    for part in &plan.parts {
-        let ([rows, cols], rank) = (part.shape, part.rank as u64);
-        let [a, b] = part.tensors();
-        let (a_shape, b_shape) =
-            if part.embedding { ([rank, rows], [cols, rank]) } else { ([rank, cols], [rows, rank]) };
-        specs.push((a, Dtype::F32, a_shape.to_vec()));
-        specs.push((b, Dtype::F32, b_shape.to_vec()));
-    }
-    // Factors are four bytes wide and come first, so that they stay aligned whatever was saved.
-    specs.extend(saved.iter().map(|(_, info)| (info.name.clone(), info.dtype, info.shape.clone())));
-
-    let mut shard = folder.shard(ADAPTER_FILE, &default_metadata(), &specs)?;
-    for part in &plan.parts {
-        let factors = part.factors(target.adapter())?;
-        let (a, b) = if part.embedding {
-            let Factors { a, b, rows, cols, rank, .. } = &factors;
-            (transposed(b, *rows, *rank), transposed(a, *rank, *cols))
-        } else {
-            (factors.a, factors.b)
-        };
-        let [a_name, b_name] = part.tensors();
-        for (name, values) in [(a_name, a), (b_name, b)] {
-            shard.write(&name, &f32_bytes(&values))?;
-        }
-    }
-    if let Some(adapter) = target.adapter() {
-        for (_, info) in &saved {
-            shard.write(&info.name, &adapter.shards().read(info)?)?;
-        }
-    }
-    shard.finish()?;
-
-    let ranks: Vec<(String, usize)> = plan.parts.iter().map(|part| (part.name.clone(), part.rank)).collect();
-    // Base layers of adapted embeddings are stored under their own name and are not announced.
-    let whole = saved.iter().filter(|(_, info)| !info.name.contains(".base_layer."));
-    let whole: BTreeSet<String> =
-        whole.filter_map(|(name, _)| name.rsplit_once('.').map(|(module, _)| module.to_owned())).collect();
-    let whole: Vec<String> = whole.into_iter().collect();
-    let base = base_name(target)?;
-    let config = PeftConfig { base: &base, modules: &ranks, saved: &whole };
-    folder.file("adapter_config.json", &config.to_bytes())?;
-
-    let mut dropped = Vec::new();
+    let mut report = Plan::of_genes(genes, target.adapter())?.write(folder, target)?;
     for (gene, coefficients) in genes {
         let taken = |layer: u32| coefficients.get(&layer).copied().unwrap_or(0.0) > 0.0;
         let lost = gene.rest().iter().filter(|e| e.class != Class::LeftOut && e.layer.is_none_or(taken));
-        dropped.extend(lost.map(|entry| entry.name.clone()));
+        report.dropped.extend(lost.map(|entry| entry.name.clone()));
     }
-    Ok(AdapterReport {
-        modules: plan.parts.len(),
-        rank_max: plan.parts.iter().map(|part| part.rank).max().unwrap_or(0),
-        dropped,
-    })
+    Ok(report)
+}
+
+/// The same of factors by the names of their modules, each to be added to the target with its scale.
+pub fn factors_into(
+    folder: &FolderWriter,
+    factors: &BTreeMap<String, Factors>,
+    target: &Checkpoint,
+) -> Result<AdapterReport> {
+    Plan::of_factors(factors, target.adapter())?.write(folder, target)
 }
 
 fn check(gene: &Gene, coefficients: &BTreeMap<u32, f64>, target: &Checkpoint) -> Result<()> {
@@ -132,13 +92,21 @@ fn check(gene: &Gene, coefficients: &BTreeMap<u32, f64>, target: &Checkpoint) ->
     check_family(gene, target)
 }
 
+/// Where factors come from.
+enum Source<'a> {
+    /// A gene, at a coefficient.
+    Gene(&'a Gene, f32),
+    /// The caller.
+    Given(&'a Factors),
+}
+
 /// One module of the adapter to be written.
 struct Part<'a> {
     name: String,
     shape: [u64; 2],
     rank: usize,
-    /// The genes whose factors take part, with their coefficients.
-    genes: Vec<(&'a Gene, f32)>,
+    /// Whose factors take part, in this order.
+    sources: Vec<Source<'a>>,
     /// Whether the target's own factors take part.
     target: bool,
     embedding: bool,
@@ -157,14 +125,19 @@ impl Part<'_> {
 
     /// Both factors joined, scales folded into B.
     fn factors(&self, target: Option<&Adapter>) -> Result<Factors> {
-        let mut terms = Vec::new();
+        let mut terms: Vec<(f64, Cow<'_, Factors>)> = Vec::new();
         if self.target
             && let Some(found) = target.map(|adapter| adapter.factors(&self.name)).transpose()?.flatten()
         {
-            terms.push((found.scale, found));
+            terms.push((found.scale, Cow::Owned(found)));
         }
-        for (gene, coefficient) in &self.genes {
-            terms.push((f64::from(*coefficient), gene.factors(&self.name)?));
+        for source in &self.sources {
+            terms.push(match source {
+                Source::Gene(gene, coefficient) => {
+                    (f64::from(*coefficient), Cow::Owned(gene.factors(&self.name)?))
+                }
+                Source::Given(factors) => (factors.scale, Cow::Borrowed(*factors)),
+            });
         }
         let [rows, cols] = self.shape.map(|side| side as usize);
         let mut b = Vec::with_capacity(rows * self.rank);
@@ -189,7 +162,8 @@ struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    fn new(genes: &[Expressed<'a>], target: Option<&Adapter>) -> Result<Plan<'a>> {
+    /// The target's own modules.
+    fn of_target(target: Option<&Adapter>) -> Result<BTreeMap<String, Part<'a>>> {
         let mut parts = BTreeMap::new();
         for (name, module) in target.iter().flat_map(|adapter| adapter.modules()) {
             let embedding = module.a.name.ends_with(".lora_embedding_A");
@@ -202,9 +176,14 @@ impl<'a> Plan<'a> {
             let (shape, rank) = (module.shape(), module.rank);
             parts.insert(
                 name.clone(),
-                Part { name: name.clone(), shape, rank, genes: Vec::new(), target: true, embedding },
+                Part { name: name.clone(), shape, rank, sources: Vec::new(), target: true, embedding },
             );
         }
+        Ok(parts)
+    }
+
+    fn of_genes(genes: &[Expressed<'a>], target: Option<&Adapter>) -> Result<Plan<'a>> {
+        let mut parts = Plan::of_target(target)?;
         let all_zero = genes.iter().all(|(_, coefficients)| coefficients.values().all(|&value| value == 0.0));
         let nothing_else = parts.is_empty() && all_zero;
         let modules = genes.iter().flat_map(|(gene, coefficients)| {
@@ -215,30 +194,117 @@ impl<'a> Plan<'a> {
             if coefficient == 0.0 && !nothing_else {
                 continue;
             }
-            let name = &module.name;
-            if target.is_some_and(|adapter| adapter.saved().contains_key(&format!("{name}.weight"))) {
-                return Err(GeneError::NoAdapter {
-                    name: name.clone(),
-                    problem: "the target saved it whole",
-                });
-            }
-            let part = parts.entry(name.clone()).or_insert_with(|| Part {
-                name: name.clone(),
-                shape: module.shape,
-                rank: 0,
-                genes: Vec::new(),
-                target: false,
-                embedding: false,
-            });
-            part.rank += module.rank;
-            part.genes.push((gene, coefficient));
+            let source = Source::Gene(gene, coefficient);
+            add(&mut parts, &module.name, (module.shape, module.rank), source, target)?;
         }
+        Plan::new(parts)
+    }
+
+    fn of_factors(factors: &'a BTreeMap<String, Factors>, target: Option<&Adapter>) -> Result<Plan<'a>> {
+        let mut parts = Plan::of_target(target)?;
+        for (name, factors) in factors {
+            let Factors { b, a, rows, cols, rank, .. } = factors;
+            if rows.checked_mul(*rank) != Some(b.len()) || rank.checked_mul(*cols) != Some(a.len()) {
+                return Err(GeneError::part(name, "its factors do not have the sizes of its shape and rank"));
+            }
+            let shape = [*rows as u64, *cols as u64];
+            add(&mut parts, name, (shape, *rank), Source::Given(factors), target)?;
+        }
+        Plan::new(parts)
+    }
+
+    fn new(parts: BTreeMap<String, Part<'a>>) -> Result<Plan<'a>> {
         let parts: Vec<Part<'_>> = parts.into_values().collect();
         if parts.is_empty() {
             return Err(GeneError::EmptyAdapter);
         }
         Ok(Plan { parts })
     }
+
+    fn write(&self, folder: &FolderWriter, target: &Checkpoint) -> Result<AdapterReport> {
+        let saved: Vec<_> =
+            target.adapter().map(|adapter| adapter.saved().iter().collect()).unwrap_or_default();
+
+        let mut specs: Vec<TensorSpec> = Vec::new();
+        for part in &self.parts {
+            let ([rows, cols], rank) = (part.shape, part.rank as u64);
+            let [a, b] = part.tensors();
+            let (a_shape, b_shape) =
+                if part.embedding { ([rank, rows], [cols, rank]) } else { ([rank, cols], [rows, rank]) };
+            specs.push((a, Dtype::F32, a_shape.to_vec()));
+            specs.push((b, Dtype::F32, b_shape.to_vec()));
+        }
+        // Factors are four bytes wide and come first, so that they stay aligned whatever was saved.
+        specs.extend(saved.iter().map(|(_, info)| (info.name.clone(), info.dtype, info.shape.clone())));
+
+        let mut shard = folder.shard(ADAPTER_FILE, &default_metadata(), &specs)?;
+        for part in &self.parts {
+            let factors = part.factors(target.adapter())?;
+            let (a, b) = if part.embedding {
+                let Factors { a, b, rows, cols, rank, .. } = &factors;
+                (transposed(b, *rows, *rank), transposed(a, *rank, *cols))
+            } else {
+                (factors.a, factors.b)
+            };
+            let [a_name, b_name] = part.tensors();
+            for (name, values) in [(a_name, a), (b_name, b)] {
+                shard.write(&name, &f32_bytes(&values))?;
+            }
+        }
+        if let Some(adapter) = target.adapter() {
+            for (_, info) in &saved {
+                shard.write(&info.name, &adapter.shards().read(info)?)?;
+            }
+        }
+        shard.finish()?;
+
+        let ranks: Vec<(String, usize)> =
+            self.parts.iter().map(|part| (part.name.clone(), part.rank)).collect();
+        // Base layers of adapted embeddings are stored under their own name and are not announced.
+        let whole = saved.iter().filter(|(_, info)| !info.name.contains(".base_layer."));
+        let whole: BTreeSet<String> = whole
+            .filter_map(|(name, _)| name.rsplit_once('.').map(|(module, _)| module.to_owned()))
+            .collect();
+        let whole: Vec<String> = whole.into_iter().collect();
+        let base = base_name(target)?;
+        let config = PeftConfig { base: &base, modules: &ranks, saved: &whole };
+        folder.file("adapter_config.json", &config.to_bytes())?;
+        Ok(AdapterReport {
+            modules: self.parts.len(),
+            rank_max: self.parts.iter().map(|part| part.rank).max().unwrap_or(0),
+            dropped: Vec::new(),
+        })
+    }
+}
+
+/// Adds factors to the part of a module.
+fn add<'a>(
+    parts: &mut BTreeMap<String, Part<'a>>,
+    name: &str,
+    (shape, rank): ([u64; 2], usize),
+    source: Source<'a>,
+    target: Option<&Adapter>,
+) -> Result<()> {
+    if target.is_some_and(|adapter| adapter.saved().contains_key(&format!("{name}.weight"))) {
+        return Err(GeneError::NoAdapter { name: name.to_owned(), problem: "the target saved it whole" });
+    }
+    let part = parts.entry(name.to_owned()).or_insert_with(|| Part {
+        name: name.to_owned(),
+        shape,
+        rank: 0,
+        sources: Vec::new(),
+        target: false,
+        embedding: false,
+    });
+    if part.shape != shape {
+        return Err(GeneError::part(
+            name,
+            format!("it is {shape:?} here and {:?} in the target", part.shape),
+        ));
+    }
+    part.rank += rank;
+    part.sources.push(source);
+    Ok(())
 }
 
 /// What an adapter over a target calls its base: the target's own folder; for an adapter target the name it uses, unless that is a

@@ -18,7 +18,7 @@ mod read;
 mod spill;
 mod write;
 
-pub use adapter::{AdapterReport, Expressed, adapter_into, base_name, write_adapter};
+pub use adapter::{AdapterReport, Expressed, adapter_into, base_name, factors_into, write_adapter};
 pub use error::{GeneError, Result};
 pub use expression::{Expression, check_coefficients};
 pub use family::{check_family, fingerprint, fingerprint_of};

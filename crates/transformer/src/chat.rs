@@ -84,6 +84,12 @@ impl Chat {
         Ok(Self { tokenizer, template, bos, eos, end, stop })
     }
 
+    /// The tokenizer and template of a checkpoint: from an adapter's own folder if it has one, else from its base.
+    pub fn of(checkpoint: &checkpoint::Checkpoint) -> Result<Self, ModelError> {
+        let own = checkpoint.dir().join("tokenizer.json").exists();
+        Self::open(if own { checkpoint.dir() } else { checkpoint.base_dir() })
+    }
+
     /// From the contents of tokenizer.json, a template, and the tokens' names.
     pub fn from_parts(
         tokenizer_json: &[u8],

@@ -101,8 +101,7 @@ fn write_answers(path: &Path, sets: Sets<'_>, given: &Given, openings: &Openings
 
 /// Tokenizer and template: from the adapter's own folder if it has one, else from its base.
 pub(super) fn chat_of(checkpoint: &Checkpoint) -> Result<Chat, Failure> {
-    let own = checkpoint.dir().join("tokenizer.json").exists();
-    Ok(Chat::open(if own { checkpoint.dir() } else { checkpoint.base_dir() })?)
+    Ok(Chat::of(checkpoint)?)
 }
 
 /// blake3 of a data file, so that a result names what it was measured on.
