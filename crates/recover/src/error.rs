@@ -8,6 +8,7 @@ use kernels::KernelError;
 use lowrank::LowRankError;
 
 use crate::registry::{METHODS, Need};
+use crate::run_error::RunError;
 
 /// The result of a recovery.
 pub type Result<T> = std::result::Result<T, RecoverError>;
@@ -206,12 +207,28 @@ pub enum RecoverError {
         /// What failed.
         source: LowRankError,
     },
+    /// A model could not be run, or what is made of it came to nothing.
+    #[error("cannot run model `{}`", shown(.dir))]
+    Run {
+        /// Its folder.
+        dir: PathBuf,
+        /// Why.
+        source: Box<RunError>,
+    },
     /// Told to stop.
     #[error("interrupted")]
     Interrupted,
 }
 
 impl RecoverError {
+    /// A failure to run the model of a folder.
+    pub(crate) fn run(dir: &Path, source: impl Into<RunError>) -> RecoverError {
+        match source.into() {
+            RunError::Stopped => RecoverError::Interrupted,
+            source => RecoverError::Run { dir: dir.to_path_buf(), source: Box::new(source) },
+        }
+    }
+
     /// Whether the device, not an input, is at fault.
     pub fn is_of_device(&self) -> bool {
         let source = match self {
@@ -227,6 +244,7 @@ impl RecoverError {
         let hint = match self {
             RecoverError::Checkpoint(error) => return error.hint(),
             RecoverError::Gene(error) => return error.hint(),
+            RecoverError::Run { source, .. } => return source.hint(),
             RecoverError::UnknownMethod { .. } => {
                 let names: Vec<&str> = METHODS.iter().map(|method| method.name).collect();
                 return Some(format!(

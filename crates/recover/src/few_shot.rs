@@ -27,7 +27,12 @@
 //!
 //! The start depends on the seed and the module's name only; the result does not depend on threads.
 //!
-//! Not here: choosing shots, files, judging answers.
+//! Not here: choosing shots, judging answers. Folders are [`FewShotLora`]'s.
+
+mod method;
+
+pub use method::FewShotLora;
+pub(crate) use method::INFO;
 
 use crate::lora::{ModuleFactors, Schedule, Trained};
 use crate::run_error::RunError;
@@ -263,6 +268,18 @@ pub fn few_shot(
     options: &Options,
     pad: u32,
 ) -> Result<FewShot, RunError> {
+    few_shot_while(model, base, shots, options, pad, &mut |_| true)
+}
+
+/// The same while `go_on`, asked before each step with the steps made, says so; else it ends as [`RunError::Stopped`].
+pub fn few_shot_while(
+    model: &Model,
+    base: &Attachments,
+    shots: &Shots,
+    options: &Options,
+    pad: u32,
+    go_on: &mut dyn FnMut(usize) -> bool,
+) -> Result<FewShot, RunError> {
     let began = Instant::now();
     options.check()?;
     let meter = Meter::new(model, base, shots, pad)?;
@@ -274,6 +291,9 @@ pub fn few_shot(
     let (mut within, mut above): (Option<Iterate>, Option<Iterate>) = (None, None);
     let (mut steps, mut in_a_row, mut loss_before) = (0, 0, f64::NAN);
     let stopped = loop {
+        if !go_on(steps) {
+            return Err(RunError::Stopped);
+        }
         let point = meter.point(trained.attachments(), steps)?;
         let values = point.values;
         if steps == 0 {

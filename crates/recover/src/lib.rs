@@ -12,9 +12,15 @@
 //! | `side.rs` | which values has a checkpoint in these rows? |
 //! | `rewrite.rs` | how is a model folder written in which some values are others? |
 //! | `peft.rs` | how is an adapter written in which some factors are others? |
+//! | `added.rs` | how are trained factors added to a target? |
+//! | `running.rs` | how is a checkpoint run? |
+//! | `gram.rs` | what do the modules of a model read? |
+//! | `lora.rs` | what do the trained methods share? |
 //! | `algebra.rs` | which products does a method ask of an engine? |
 //! | `alignment.rs` | what does alignment say about an update? |
 //! | `resta.rs`, `wise_ft.rs`, `low_rank.rs`, `safe_lora.rs`, `safe_merge.rs` | what does the method do? |
+//! | `safe_delta.rs`, `few_shot.rs` | what does the method do to one module, or to a model in memory? |
+//! | `safe_delta/method.rs`, `few_shot/method.rs` | how is it applied to folders? |
 //!
 //! Weights pass tensor by tensor or in blocks of rows: f32 values, f64 norms and cosines, one rounding to the target's
 //! format. What a method does not touch keeps its bytes, and is counted.
@@ -28,6 +34,7 @@ pub mod run_error;
 pub mod safe_delta;
 pub mod salora;
 
+mod added;
 mod algebra;
 mod alignment;
 mod error;
@@ -39,6 +46,7 @@ mod report;
 mod resta;
 mod rewrite;
 mod run;
+mod running;
 mod safe_lora;
 mod safe_merge;
 mod settings;
@@ -47,6 +55,7 @@ mod wise_ft;
 
 pub use algebra::{Algebra, Difference};
 pub use error::{RecoverError, Result};
+pub use few_shot::FewShotLora;
 pub use gram::{Gram, Grams, Positions, grams};
 pub use lora::ModuleFactors;
 pub use low_rank::{LowRankRestore, Lox};
@@ -56,6 +65,7 @@ pub use report::{Action, ModuleReport, Report, Tensors};
 pub use resta::Resta;
 pub use run::recover;
 pub use run_error::RunError;
+pub use safe_delta::SafeDelta;
 pub use safe_lora::{SafeLora, SafeLoraVariant, Select};
 pub use safe_merge::{SafeMerge, SafeMergeVariant};
 pub use settings::Settings;

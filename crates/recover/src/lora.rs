@@ -31,6 +31,13 @@ impl ModuleFactors {
     }
 }
 
+impl From<ModuleFactors> for checkpoint::Factors {
+    fn from(f: ModuleFactors) -> Self {
+        let (rows, cols) = (f.b.len() / f.rank.max(1), f.a.len() / f.rank.max(1));
+        Self { b: f.b, a: f.a, rows, cols, rank: f.rank, scale: 1.0 }
+    }
+}
+
 /// How long and how fast.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Schedule {

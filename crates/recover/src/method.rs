@@ -113,7 +113,7 @@ pub struct Models {
     base: Option<Side>,
     degraded: Option<Side>,
     safety_adapter: Option<Side>,
-    /// Examples.
+    /// Examples of the kinds that the method takes.
     pub shots: Shots,
 }
 
@@ -141,6 +141,12 @@ impl Models {
                 None => Ok(None),
             }
         };
+        let taken = |need: Need, rows: &[Shot]| if wanted(need) { rows.to_vec() } else { Vec::new() };
+        let shots = Shots {
+            safety: taken(Need::SafetyShots, &inputs.shots.safety),
+            task: taken(Need::TaskShots, &inputs.shots.task),
+            benign: taken(Need::BenignShots, &inputs.shots.benign),
+        };
         Ok(Models {
             method,
             target: open_side(&inputs.target, inputs)?,
@@ -148,7 +154,7 @@ impl Models {
             base: open(Need::Base, &inputs.base)?,
             degraded: open(Need::Degraded, &inputs.degraded)?,
             safety_adapter: open(Need::SafetyAdapter, &inputs.safety_adapter)?,
-            shots: inputs.shots.clone(),
+            shots,
         })
     }
 
@@ -217,6 +223,8 @@ pub struct Outcome {
     pub tensors: Tensors,
     /// The modules that were looked at.
     pub modules: Vec<ModuleReport>,
+    /// What was measured on the shots, by its name.
+    pub measured: Map<String, Value>,
     /// What a reader should know.
     pub notes: Vec<String>,
     /// Python files in the output.

@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::error::{RecoverError, Result};
 use crate::method::Method;
 use crate::settings::Settings;
-use crate::{low_rank, resta, safe_lora, safe_merge, wise_ft};
+use crate::{few_shot, low_rank, resta, safe_delta, safe_lora, safe_merge, wise_ft};
 
 /// What a method needs beside the target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
@@ -108,8 +108,16 @@ pub struct MethodInfo {
 }
 
 /// All methods.
-pub static METHODS: &[&MethodInfo] =
-    &[&resta::INFO, &wise_ft::INFO, &low_rank::RESTORE, &low_rank::LOX, &safe_lora::INFO, &safe_merge::INFO];
+pub static METHODS: &[&MethodInfo] = &[
+    &resta::INFO,
+    &wise_ft::INFO,
+    &low_rank::RESTORE,
+    &low_rank::LOX,
+    &safe_lora::INFO,
+    &safe_merge::INFO,
+    &safe_delta::INFO,
+    &few_shot::INFO,
+];
 
 /// The method of this name.
 pub fn by_name(name: &str) -> Result<&'static MethodInfo> {

@@ -33,6 +33,9 @@ pub struct Report {
     pub change_norm: f64,
     /// The modules that the method looked at, sorted by name.
     pub modules: Vec<ModuleReport>,
+    /// What a method that runs a model measured on the shots, by its name.
+    #[serde(default)]
+    pub measured: Map<String, Value>,
     /// What a reader should know: what the method leaves alone, what was not done.
     pub notes: Vec<String>,
     /// Python files in the output: code that runs when the model is loaded.
@@ -75,6 +78,9 @@ pub struct ModuleReport {
     pub norm_ratio: Option<f64>,
     /// The rank of factors.
     pub rank: Option<usize>,
+    /// The share of the entries that fine-tuning moved which stay fine-tuned.
+    #[serde(default)]
+    pub kept: Option<f64>,
 }
 
 /// What a method decided about a module.
@@ -87,6 +93,8 @@ pub enum Action {
     Added,
     /// Averaged with another model or adapter.
     Merged,
+    /// Some of its entries went back to the aligned model's.
+    Restored,
     /// Its update was projected.
     Projected,
     /// Its update was removed.
@@ -110,6 +118,7 @@ impl ModuleReport {
             cosine: None,
             norm_ratio: None,
             rank: None,
+            kept: None,
         }
     }
 }

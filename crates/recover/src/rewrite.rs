@@ -95,7 +95,7 @@ impl Rewritten {
                 ..module
             }
         });
-        Outcome { modules: filled.collect(), tensors: self.tensors, code: self.code, notes: Vec::new() }
+        Outcome { modules: filled.collect(), tensors: self.tensors, code: self.code, ..Outcome::default() }
     }
 }
 

@@ -79,6 +79,7 @@ pub fn recover(method: &dyn Method, inputs: &Inputs, job: &Job<'_>) -> Result<Re
     report.elements_changed = report.modules.iter().map(|module| module.elements_changed).sum();
     report.change_norm = report.modules.iter().map(|module| module.change_norm.powi(2)).sum::<f64>().sqrt();
     report.changed_nothing = !report.modules.iter().any(|module| module.changed);
+    report.measured = outcome.measured;
     report.notes = outcome.notes;
     report.code = outcome.code;
     for (form, writer) in [(Form::Merged, writers.merged), (Form::Adapter, writers.adapter)] {

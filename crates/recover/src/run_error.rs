@@ -79,6 +79,9 @@ pub enum RunError {
         /// Which matrix.
         what: &'static str,
     },
+    /// Told to stop.
+    #[error("interrupted")]
+    Stopped,
     /// A loss left the finite numbers.
     #[error("the loss on the {what} rows is not finite at step {step}")]
     Diverged {

@@ -38,8 +38,13 @@
 //! keeps the most entries.
 //! `N` counts rows, as in the code, not tokens; no choice depends on it.
 //!
-//! Not here: models, except that [`gram`](crate::gram) measures them; biases, norms and embeddings, which stay fine-tuned
+//! Not here: models, except that [`gram`](crate::gram) measures them, and folders, which are [`SafeDelta`]'s; biases, norms and embeddings, which stay fine-tuned
 //! or return to aligned as the caller likes (the authors' code starts from the aligned model, so they return).
+
+mod method;
+
+pub(crate) use method::INFO;
+pub use method::SafeDelta;
 
 use crate::gram::Gram;
 use crate::run_error::RunError;

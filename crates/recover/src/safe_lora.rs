@@ -238,7 +238,7 @@ impl Method for SafeLora {
                 _ => report,
             };
             let modules = reports.iter().map(|(unit, report)| changed(unit, report.clone())).collect();
-            outcome = Outcome { tensors, code, modules, notes: Vec::new() };
+            outcome = Outcome { tensors, code, modules, ..Outcome::default() };
         }
         if let Some(writer) = &outputs.merged {
             let rewritten = if models.target.checkpoint().adapter().is_some() {

@@ -212,7 +212,7 @@ impl Method for SafeMerge {
                 },
                 _ => report.clone(),
             });
-            outcome = Outcome { tensors, code, modules: modules.collect(), notes: Vec::new() };
+            outcome = Outcome { tensors, code, modules: modules.collect(), ..Outcome::default() };
         }
         if let Some(writer) = &outputs.merged {
             let rewritten = if models.target.checkpoint().adapter().is_some() {

@@ -27,6 +27,26 @@ pub struct Settings {
     pub weight: Option<f64>,
     /// Which form of the method.
     pub variant: Option<String>,
+    /// The scale of a budget.
+    pub s: Option<f64>,
+    /// What `s` is a multiple of.
+    pub budget: Option<String>,
+    /// What is added to the diagonal of a Gram matrix, as a share of its mean.
+    pub damping: Option<f64>,
+    /// How many rows the inputs of modules are measured on.
+    pub samples: Option<usize>,
+    /// The largest learning rate.
+    pub rate: Option<f64>,
+    /// Optimiser steps.
+    pub steps: Option<usize>,
+    /// Rows of a step.
+    pub rows: Option<usize>,
+    /// The limit on KL, nat per token.
+    pub max_kl: Option<f64>,
+    /// The safety loss that is enough, nat per token.
+    pub delta: Option<f64>,
+    /// How many directions of safety are kept out of.
+    pub safety_rank: Option<usize>,
 }
 
 /// Settings that a method takes its options out of.
@@ -42,8 +62,28 @@ impl Taking {
 
     /// Refuses what no method of this name knows.
     pub(crate) fn finish(self) -> Result<()> {
-        let Settings { gamma, lambda, drop, seed, rank, coefficient, tau, modules, weight, variant } =
-            &self.left;
+        let Settings {
+            gamma,
+            lambda,
+            drop,
+            seed,
+            rank,
+            coefficient,
+            tau,
+            modules,
+            weight,
+            variant,
+            s,
+            budget,
+            damping,
+            samples,
+            rate,
+            steps,
+            rows,
+            max_kl,
+            delta,
+            safety_rank,
+        } = &self.left;
         let given = [
             ("gamma", gamma.is_some()),
             ("lambda", lambda.is_some()),
@@ -55,6 +95,16 @@ impl Taking {
             ("modules", modules.is_some()),
             ("weight", weight.is_some()),
             ("variant", variant.is_some()),
+            ("s", s.is_some()),
+            ("budget", budget.is_some()),
+            ("damping", damping.is_some()),
+            ("samples", samples.is_some()),
+            ("rate", rate.is_some()),
+            ("steps", steps.is_some()),
+            ("rows", rows.is_some()),
+            ("max-kl", max_kl.is_some()),
+            ("delta", delta.is_some()),
+            ("safety-rank", safety_rank.is_some()),
         ];
         match given.iter().find(|(_, given)| *given) {
             None => Ok(()),
@@ -85,6 +135,14 @@ impl Taking {
         match given.unwrap_or(default) {
             count @ 1..=4096 => Ok(count),
             count => Err(self.refuse(option, count, "a number from 1 to 4096")),
+        }
+    }
+
+    /// A count above 0 and up to a million.
+    pub(crate) fn many(&self, option: &'static str, given: Option<usize>, default: usize) -> Result<usize> {
+        match given.unwrap_or(default) {
+            count @ 1..=1_000_000 => Ok(count),
+            count => Err(self.refuse(option, count, "a number from 1 to 1000000")),
         }
     }
 

@@ -442,9 +442,20 @@ pub(crate) struct Recover {
     /// Base of inputs that are adapters [default: what adapter_config.json names, else the aligned model].
     #[arg(long, value_name = "DIR")]
     pub(crate) adapter_base: Option<PathBuf>,
+    /// Harmful prompts, each answered by a refusal (JSONL).
+    #[arg(long, value_name = "FILE")]
+    pub(crate) safety_shots: Option<PathBuf>,
+    /// Rows of the target's own task (JSONL); for a method that trains, of the task to train.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) task_shots: Option<PathBuf>,
+    /// Harmless prompts like the harmful ones in form, with answers (JSONL).
+    #[arg(long, value_name = "FILE")]
+    pub(crate) benign_shots: Option<PathBuf>,
     #[command(flatten)]
-    pub(crate) options: MethodOptions,
-    /// What to write; an adapter only by methods that keep a target adapter one.
+    pub(crate) fields: DataFields,
+    #[command(flatten)]
+    pub(crate) options: Box<MethodOptions>,
+    /// What to write; an adapter only by methods that keep a target adapter one, or train one.
     #[arg(long, value_name = "FORM", default_value = "merged")]
     pub(crate) r#as: Form,
     /// Folder to write.
@@ -492,6 +503,36 @@ pub(crate) struct MethodOptions {
     /// Seed of what is random.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
+    /// Scale of the budget, 0 or more.
+    #[arg(long, value_name = "S", allow_negative_numbers = true)]
+    s: Option<f64>,
+    /// What --s is a multiple of.
+    #[arg(long, value_name = "NAME")]
+    budget: Option<String>,
+    /// Added to the diagonal of what was measured, as a share of its mean, 0 or more.
+    #[arg(long, value_name = "D", allow_negative_numbers = true)]
+    damping: Option<f64>,
+    /// How many rows the inputs of modules are measured on, the first of the file.
+    #[arg(long, value_name = "N")]
+    samples: Option<usize>,
+    /// Largest learning rate.
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    rate: Option<f64>,
+    /// Optimiser steps.
+    #[arg(long, value_name = "N")]
+    steps: Option<usize>,
+    /// Rows of a step.
+    #[arg(long, value_name = "N")]
+    rows: Option<usize>,
+    /// How far the target may move, in nat per token, on task shots and again on benign shots.
+    #[arg(long, value_name = "NAT", allow_negative_numbers = true)]
+    max_kl: Option<f64>,
+    /// Loss of the refusals that is safe enough, in nat per token.
+    #[arg(long, value_name = "NAT", allow_negative_numbers = true)]
+    delta: Option<f64>,
+    /// How many directions of safety are kept out of.
+    #[arg(long, value_name = "N")]
+    safety_rank: Option<usize>,
 }
 
 impl MethodOptions {
@@ -507,6 +548,16 @@ impl MethodOptions {
             modules: self.modules,
             weight: self.weight,
             variant: self.variant.clone(),
+            s: self.s,
+            budget: self.budget.clone(),
+            damping: self.damping,
+            samples: self.samples,
+            rate: self.rate,
+            steps: self.steps,
+            rows: self.rows,
+            max_kl: self.max_kl,
+            delta: self.delta,
+            safety_rank: self.safety_rank,
         }
     }
 }

@@ -6,9 +6,10 @@ use std::sync::atomic::AtomicBool;
 
 use checkpoint::{CheckpointError, Dtype};
 use kernels::CpuEngine;
-use recover::{Form, Inputs, Job, METHODS, Need, RecoverError, Settings, by_name};
+use recover::{Form, Inputs, Job, METHODS, Need, RecoverError, Settings, Shots, by_name};
 use stream::NoProgress;
 
+use crate::decoder::shots;
 use crate::support::{Bench, K, NORM, Q, inputs, named, save_json, weight};
 
 const SHAPE: [u64; 2] = [2, 2];
@@ -24,6 +25,7 @@ fn all(bench: &Bench) -> Inputs {
         base: Some(bench.one("base", SHAPE, &[1.0, 2.0, 0.0, 0.0])),
         degraded: Some(bench.one("degraded", SHAPE, &[0.0; 4])),
         safety_adapter: Some(safety),
+        shots: Shots { safety: shots(1, 2), task: shots(2, 2), benign: shots(3, 2) },
         ..inputs(&target)
     }
 }
@@ -55,7 +57,9 @@ fn whatever_a_method_needs_is_asked_for() {
                 Need::Base => inputs.base = None,
                 Need::Degraded => inputs.degraded = None,
                 Need::SafetyAdapter => inputs.safety_adapter = None,
-                Need::SafetyShots | Need::TaskShots | Need::BenignShots => {}
+                Need::SafetyShots => inputs.shots.safety.clear(),
+                Need::TaskShots => inputs.shots.task.clear(),
+                Need::BenignShots => inputs.shots.benign.clear(),
             }
             let error = refused(&bench, method.name, &inputs, &[method.name, &need.to_string()]);
             assert_eq!(error.hint().unwrap(), format!("give {}", need.argument()));
@@ -85,6 +89,16 @@ fn numbers_out_of_range_are_refused() {
         ("safemerge", Settings { weight: Some(-0.2), ..some() }),
         ("safemerge", Settings { weight: Some(1.2), ..some() }),
         ("safemerge", Settings { variant: Some("drop".into()), ..some() }),
+        ("safe-delta", Settings { s: Some(-0.1), ..some() }),
+        ("safe-delta", Settings { damping: Some(f64::NAN), ..some() }),
+        ("safe-delta", Settings { samples: Some(0), ..some() }),
+        ("safe-delta", Settings { budget: Some("all".into()), ..some() }),
+        ("safe-delta", Settings { variant: Some("drop".into()), ..some() }),
+        ("few-shot-lora", Settings { rate: Some(0.0), ..some() }),
+        ("few-shot-lora", Settings { max_kl: Some(0.0), ..some() }),
+        ("few-shot-lora", Settings { delta: Some(-1.0), ..some() }),
+        ("few-shot-lora", Settings { steps: Some(0), ..some() }),
+        ("few-shot-lora", Settings { rank: Some(0), ..some() }),
     ] {
         let result = (by_name(method).unwrap().build)(&settings);
         assert!(matches!(result, Err(RecoverError::Option { .. })), "{method} {settings:?}: {result:?}");
@@ -102,6 +116,12 @@ fn options_of_other_methods_are_refused() {
     // A rank belongs to one of its variants only.
     let error = given("safelora", &Settings { rank: Some(4), ..Settings::default() });
     assert!(matches!(error, RecoverError::UnusedOption { option: "rank", .. }), "{error}");
+    // So does a budget.
+    let (variant, budget) = (Some("published".into()), Some("share".into()));
+    let error = given("safe-delta", &Settings { variant, budget, ..Settings::default() });
+    assert_eq!(error.to_string(), "`safe-delta` has no option `budget`");
+    let error = given("wise-ft", &Settings { max_kl: Some(0.1), ..Settings::default() });
+    assert_eq!(error.to_string(), "`wise-ft` has no option `max-kl`");
 }
 
 #[test]

@@ -1,9 +1,14 @@
 //! A small random decoder, and rows for it.
 
+use std::path::PathBuf;
+
 use candle_core::Tensor;
-use recover::ModuleFactors;
-use serde_json::json;
+use checkpoint::Dtype;
+use recover::{ModuleFactors, Shot};
+use serde_json::{Value, json};
 use transformer::{Architecture, Attachments, Model, ModelError, ModuleKind, Row, WeightSource};
+
+use crate::support::{Bench, Named, named, save_json};
 
 /// xorshift: fixed values in −0.3 … 0.3, no dependency.
 pub(crate) fn noise(n: usize, seed: u64) -> Vec<f32> {
@@ -40,15 +45,63 @@ impl WeightSource for Noise {
     }
 }
 
-/// Two layers of width 16.
-pub(crate) fn model() -> Model {
-    let a = Architecture::from_config(&json!({
+fn config() -> Value {
+    json!({
         "model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "intermediate_size": 24, "vocab_size": 40, "rms_norm_eps": 1e-5,
         "rope_theta": 100.0, "tie_word_embeddings": false
-    }))
-    .unwrap();
+    })
+}
+
+/// Two layers of width 16.
+pub(crate) fn model() -> Model {
+    let a = Architecture::from_config(&config()).unwrap();
     Model::new(a.clone(), &Noise(a)).unwrap()
+}
+
+/// The same as a folder in bf16, every weight moved by up to `moved` of the noise of `seed`, with a tokenizer of its 40
+/// words: `w0` to `w37`, `<user>` and `<end>`.
+pub(crate) fn folder(bench: &Bench, name: &str, moved: f32, seed: u64) -> PathBuf {
+    let a = Architecture::from_config(&config()).unwrap();
+    let mut names = vec!["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+        .into_iter()
+        .map(String::from)
+        .collect::<Vec<_>>();
+    for layer in 0..a.layers {
+        names.extend(a.modules().iter().map(|m| format!("{}.weight", m.kind.module(layer))));
+        let norms = ["input_layernorm", "post_attention_layernorm"];
+        names.extend(norms.map(|norm| format!("model.layers.{layer}.{norm}.weight")));
+    }
+    let source = Noise(a);
+    let tensors: Vec<Named> = names
+        .iter()
+        .enumerate()
+        .map(|(i, name)| {
+            let (shape, values) = source.read(name).unwrap();
+            let shape: Vec<u64> = shape.into_iter().map(|side| side as u64).collect();
+            let other = noise(values.len(), seed + i as u64);
+            let values: Vec<f32> = values.iter().zip(other).map(|(x, y)| x + moved * y).collect();
+            named(name, &shape, &values)
+        })
+        .collect();
+    let dir = bench.model(name, Dtype::Bf16, &tensors);
+    save_json(&dir, "config.json", &config());
+    let words = (0..38).map(|i| format!("w{i}")).chain(["<user>".to_owned(), "<end>".to_owned()]);
+    let vocab: serde_json::Map<String, Value> = words.enumerate().map(|(i, word)| (word, json!(i))).collect();
+    let tokenizer = json!({"version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": null, "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "w0"}});
+    save_json(&dir, "tokenizer.json", &tokenizer);
+    let template = "{% for m in messages %}<user> {{ m.content }} <end>{% endfor %}";
+    save_json(&dir, "tokenizer_config.json", &json!({"eos_token": "<end>", "chat_template": template}));
+    dir
+}
+
+/// Prompts of five words with answers of three.
+pub(crate) fn shots(seed: u64, n: usize) -> Vec<Shot> {
+    let words: Vec<String> =
+        noise(n * 8, seed).iter().map(|x| format!("w{}", ((x + 0.3) / 0.6 * 37.0) as u32)).collect();
+    words.chunks(8).map(|w| Shot { prompt: w[..5].join(" "), answer: w[5..].join(" ") }).collect()
 }
 
 /// Prompts of six tokens, answered greedily by `model` with `attachments`.

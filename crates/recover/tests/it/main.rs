@@ -9,6 +9,7 @@ mod few_shot;
 mod folders;
 mod gram;
 mod low_rank;
+mod running;
 mod safe_delta;
 mod safe_lora;
 mod safe_merge;

@@ -1,12 +1,17 @@
 //! `safegene recover`: one model by one of the other methods.
 
 use crate::args::{Form, Recover};
+use crate::commands::calibrate::read_refusals;
+use crate::commands::evaluate::fields;
 use crate::commands::extract::Streaming;
-use crate::commands::{peak_rss_bytes, stop_on_signals};
+use crate::commands::{openings, peak_rss_bytes, percent, stop_on_signals};
 use crate::device::{Device, on_device};
 use crate::fail::Failure;
 use crate::ui::Ui;
-use recover::{Action, Algebra, Inputs, Job, METHODS, MethodInfo, ModuleReport, Need, Report, When, by_name};
+use evaluate::{DataRow, read_rows};
+use recover::{
+    Action, Algebra, Inputs, Job, METHODS, MethodInfo, ModuleReport, Need, Report, Shots, When, by_name,
+};
 use std::path::{Path, PathBuf};
 
 pub(super) fn run(job: &Recover, device: &Device, memory_bytes: u64, ui: &Ui) -> Result<(), Failure> {
@@ -25,7 +30,7 @@ pub(super) fn run(job: &Recover, device: &Device, memory_bytes: u64, ui: &Ui) ->
         degraded: job.degraded.clone(),
         safety_adapter: job.safety_adapter.clone(),
         adapter_base: job.adapter_base.clone(),
-        ..Inputs::default()
+        shots: shots(job, info)?,
     };
     let algebra: &dyn Algebra = on_device!(device, |engine| engine);
     let (stop, streaming) = (stop_on_signals(), Streaming::new(ui));
@@ -51,13 +56,38 @@ pub(super) fn run(job: &Recover, device: &Device, memory_bytes: u64, ui: &Ui) ->
     Ok(())
 }
 
+/// The rows of the kinds that the method takes.
+fn shots(job: &Recover, info: &MethodInfo) -> Result<Shots, Failure> {
+    let fields = fields(&job.fields);
+    let taken = |need: Need, path: &Option<PathBuf>| {
+        path.clone().filter(|_| info.needs.contains(&need) || info.optional.contains(&need))
+    };
+    let shot = |row: DataRow| recover::Shot { prompt: row.prompt, answer: row.answer.unwrap_or_default() };
+    let rows = |need: Need, path: &Option<PathBuf>| -> Result<Vec<recover::Shot>, Failure> {
+        let Some(path) = taken(need, path) else { return Ok(Vec::new()) };
+        Ok(read_rows(&path, &fields, true)?.into_iter().map(shot).collect())
+    };
+    let safety = match taken(Need::SafetyShots, &job.safety_shots) {
+        None => Vec::new(),
+        Some(path) => read_refusals(&path, &fields, &openings(job.fields.refusals.as_deref())?, &Ok)?,
+    };
+    Ok(Shots {
+        safety: safety.into_iter().map(shot).collect(),
+        task: rows(Need::TaskShots, &job.task_shots)?,
+        benign: rows(Need::BenignShots, &job.benign_shots)?,
+    })
+}
+
 /// What was given and is not looked at.
 fn warn_of_unused(job: &Recover, info: &MethodInfo, ui: &Ui) {
-    let given: [(Need, &Option<PathBuf>); 4] = [
+    let given: [(Need, &Option<PathBuf>); 7] = [
         (Need::Aligned, &job.aligned),
         (Need::Base, &job.base),
         (Need::Degraded, &job.degraded),
         (Need::SafetyAdapter, &job.safety_adapter),
+        (Need::SafetyShots, &job.safety_shots),
+        (Need::TaskShots, &job.task_shots),
+        (Need::BenignShots, &job.benign_shots),
     ];
     for (need, dir) in given {
         if dir.is_none() || info.needs.contains(&need) || info.optional.contains(&need) {
@@ -135,6 +165,10 @@ fn show(report: &Report, info: &MethodInfo, target: &Path, json: bool, ui: &Ui) 
             ratio.map_or(String::new(), |(low, high)| format!(", |C BA| / |BA| {low:.2e} to {high:.2e}"));
         let of = report.modules.len();
         ui.say(&format!("  {acted} of {of} modules changed; cosines {low:.3} to {high:.3}{ratio}"));
+    }
+    if let Some((low, high)) = range(&report.modules, |module| module.kept) {
+        let (low, high) = (percent(low), percent(high));
+        ui.say(&format!("  of what fine-tuning moved in a module, {low} to {high} stays"));
     }
     for note in &report.notes {
         ui.say(&format!("  {note}"));

@@ -46,7 +46,16 @@ fn list_names_every_method_with_its_needs() {
     }
     let methods: Value = report(&safegene(&["recover", "--list", "--json"]).ok().stdout);
     let names: Vec<&str> = methods.as_array().unwrap().iter().map(|m| m["name"].as_str().unwrap()).collect();
-    for name in ["resta", "wise-ft", "low-rank-restore", "lox", "safelora", "safemerge"] {
+    for name in [
+        "resta",
+        "wise-ft",
+        "low-rank-restore",
+        "lox",
+        "safelora",
+        "safemerge",
+        "safe-delta",
+        "few-shot-lora",
+    ] {
         assert!(names.contains(&name), "{names:?}");
         assert!(shown.contains(name));
     }
@@ -292,4 +301,60 @@ fn models_of_another_shape_are_refused() {
         &[name, "[128, 128]", "[64, 256]", "other/model.safetensors", "hint:"],
         &bench.path("out"),
     );
+}
+
+/// Data files of the family.
+fn data(name: &str) -> String {
+    lab("data").join(name).to_str().unwrap().to_owned()
+}
+
+#[test]
+fn safe_delta_runs_the_aligned_model() {
+    let bench = Bench::new();
+    let (target, aligned, shots) =
+        (lab_arg("targets/topic-1"), lab_arg("aligned"), data("shots-safety.jsonl"));
+    let out = bench.arg("out");
+    let more = ["--aligned", &aligned, "--safety-shots", &shots, "--s", "0.3"];
+    let done = report(&safegene(&call("safe-delta", &target, &out, &more)).ok().stdout);
+    let modules = done["modules"].as_array().unwrap();
+    assert_eq!(modules.len(), MODULES);
+    assert!(modules.iter().all(|m| m["action"] == "restored" && m["kept"].as_f64().unwrap() < 1.0));
+    let distance = |name: &str| done["measured"][name].as_f64().unwrap();
+    assert!(distance("distance") < distance("distance_target"), "{}", done["measured"]);
+}
+
+#[test]
+fn few_shot_lora_makes_refusals_likelier_within_the_limit() {
+    let bench = Bench::new();
+    let target = lab_arg("targets/topic-5");
+    let (safety, task, benign) =
+        (data("shots-safety.jsonl"), data("shots-topic.jsonl"), data("shots-benign.jsonl"));
+    let out = bench.arg("out");
+    let shots = ["--safety-shots", &safety, "--task-shots", &task, "--benign-shots", &benign];
+    let more = [&shots[..], &["--as", "adapter", "--rate", "0.001", "--steps", "12"]].concat();
+    let done = report(&safegene(&call("few-shot-lora", &target, &out, &more)).ok().stdout);
+    let training = &done["measured"]["training"];
+    let number = |value: &Value| value.as_f64().unwrap();
+    assert!(number(&training["reached"]["loss"]) < number(&training["loss_before"]), "{training}");
+    assert!(
+        number(&training["reached"]["kl_task"]) <= 0.02 && number(&training["reached"]["kl_benign"]) <= 0.02
+    );
+    let adapter = Checkpoint::open(&bench.path("out"), None).unwrap();
+    assert_eq!(adapter.adapter().unwrap().modules().len(), MODULES);
+}
+
+#[test]
+fn safety_rows_that_are_no_refusals_are_refused() {
+    let bench = Bench::new();
+    let (target, aligned, task) = (lab_arg("targets/topic-1"), lab_arg("aligned"), data("shots-topic.jsonl"));
+    let (bad, out) = (data("shots-benign.jsonl"), bench.arg("out"));
+    for (method, more) in [
+        ("safe-delta", ["--aligned", &aligned, "--safety-shots", &bad]),
+        ("few-shot-lora", ["--task-shots", &task, "--safety-shots", &bad]),
+    ] {
+        let words = ["shots-benign.jsonl", "is not a refusal"];
+        safegene(&call(method, &target, &out, &more)).refused(INPUT, &words, &bench.path("out"));
+    }
+    let none = call("safe-delta", &target, &out, &["--aligned", &aligned]);
+    safegene(&none).refused(USAGE, &["needs safety shots", "--safety-shots FILE"], &bench.path("out"));
 }
