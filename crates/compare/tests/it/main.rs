@@ -1,0 +1,143 @@
+//! The plan, the records and the splits of a comparison; the comparison itself is run by `.ci/run`.
+
+#![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests are tests
+
+use compare::plan::{FAMILY_SEED, Plan, Recipe, Way, check_splits};
+use compare::store::{Store, has, key};
+use compare::{CompareError, plan::Entry};
+use lab::language::Language;
+use lab::splits::Splits;
+use lab::{Kind, Tune};
+use report::{Label, Rate, Record, SCHEMA, Set, Shots, Target};
+use std::collections::BTreeSet;
+use std::fs;
+
+fn record(target: &str, set: Set, shots: u32) -> Record {
+    let rate = |hits: u64| Some(Rate { value: hits as f64 / 100.0, low: 0.0, high: 1.0, n: 100 });
+    Record {
+        schema: SCHEMA,
+        family: "llama".into(),
+        seed: 11,
+        target: Target {
+            name: target.into(),
+            task: "topic".into(),
+            harm_percent: 1.0,
+            kind: report::Kind::Lora,
+        },
+        method: "gene".into(),
+        label: Label::SafetyTaskBenign,
+        shots: Shots { safety: shots, task: 2 * shots, benign: shots },
+        set,
+        asr: rate(3),
+        asr_precise: None,
+        over_refusal: rate(0),
+        helped: None,
+        accuracy: rate(99),
+        kl_task: Some(0.001),
+        kl_benign: None,
+        seconds: Some(1.0),
+        given: "nothing".into(),
+        coefficients: None,
+        tradeoff: None,
+    }
+}
+
+#[test]
+fn every_entry_of_a_target_is_there_once_and_all_that_tune_see_the_same_shots() {
+    for quick in [false, true] {
+        let plan = Plan::new(quick);
+        let mut names = BTreeSet::new();
+        for cell in &plan.cells {
+            assert!(names.insert(cell.tune.name()), "{} twice", cell.tune.name());
+            let entries: BTreeSet<&Entry> = cell.entries.iter().collect();
+            assert_eq!(entries.len(), cell.entries.len(), "{}", cell.tune.name());
+            assert_eq!(
+                cell.entries[0].method,
+                Way::FineTuned,
+                "everything is held against the target as it is"
+            );
+            for e in &cell.entries {
+                let n = e.shots;
+                let same = match e.label {
+                    Label::Zero => n == Shots::default(),
+                    Label::SafetyTask => [n.safety, n.task] == [8, 16] && n.benign == 0,
+                    _ => n.task == 2 * n.safety && n.benign == n.safety,
+                };
+                assert!(same, "{} {:?}", cell.tune.name(), e);
+            }
+            // Whoever has a column of the main shots has it with the same shots as the gene.
+            let main =
+                cell.entries.iter().filter(|e| e.label == Label::SafetyTaskBenign && e.shots.safety == 8);
+            assert!(main.clone().count() >= 2 && main.clone().any(|e| e.method == Way::Gene));
+        }
+    }
+}
+
+#[test]
+fn plan_has_all_poison_levels_generations_and_kinds() {
+    let cells = Plan::new(false).cells;
+    let n = |percent: u32, kind: Kind| {
+        let is = |t: Tune| matches!(t, Tune::Target { percent: p, kind: k, .. } if p == percent && k == kind);
+        cells.iter().filter(|c| is(c.tune)).count()
+    };
+    assert_eq!([0, 1, 5, 10].map(|p| n(p, Kind::Lora)), [4, 4, 4, 4]);
+    assert_eq!((n(1, Kind::Second), n(1, Kind::Full)), (4, 2));
+    let recipe = Recipe::new(false);
+    assert_eq!(recipe.shots, [8, 16, 8]);
+}
+
+#[test]
+fn splits_that_share_a_test_prompt_are_refused() {
+    let splits = Splits::new(&Language::new(FAMILY_SEED), FAMILY_SEED);
+    let hashes = check_splits(&splits).unwrap();
+    assert_eq!(hashes.len(), splits.files.len());
+    let distinct: BTreeSet<&String> = hashes.values().collect();
+    assert_eq!(distinct.len(), hashes.len());
+    let mut leaky = splits.clone();
+    let row = splits.get("test-topic")[7].clone();
+    leaky.files.get_mut("shots-topic").unwrap().push(row.clone());
+    match check_splits(&leaky) {
+        Err(CompareError::Leak { prompt, .. }) => assert_eq!(prompt, row.prompt),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn records_are_found_again_and_half_a_line_is_done_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = serde_json::json!({"version": 1});
+    let store = Store::open(dir.path(), &recipe).unwrap();
+    store.add(vec![record("topic-1", Set::Known, 8), record("topic-1", Set::Shifted, 8)]).unwrap();
+    store.add(vec![record("topic-5", Set::Known, 8)]).unwrap();
+    drop(store);
+    let file = dir.path().join("records.jsonl");
+    let text = fs::read_to_string(&file).unwrap();
+    fs::write(&file, &text[..text.len() - 30]).unwrap();
+    let store = Store::open(dir.path(), &recipe).unwrap();
+    let keys = store.keys();
+    assert_eq!(keys.len(), 2);
+    let shots = |n| Shots { safety: n, task: 2 * n, benign: n };
+    let entry = |n| Entry { method: Way::Gene, label: Label::SafetyTaskBenign, shots: shots(n) };
+    assert!(has(&keys, "llama", 11, "topic-1", &entry(8)));
+    assert!(!has(&keys, "llama", 11, "topic-1", &entry(4)), "other shots are another column");
+    assert!(!has(&keys, "llama", 12, "topic-1", &entry(8)));
+    assert!(!has(&keys, "llama", 11, "topic-5", &entry(8)));
+    // What was cut off comes again, and what is there twice counts once.
+    store.add(vec![record("topic-5", Set::Known, 8)]).unwrap();
+    let line = serde_json::to_string(&record("topic-5", Set::Known, 8)).unwrap();
+    let text = fs::read_to_string(&file).unwrap() + &line + "\n";
+    fs::write(&file, text).unwrap();
+    let records = Store::open(dir.path(), &recipe).unwrap().records();
+    assert_eq!(records.len(), 3);
+    assert!(records.windows(2).all(|w| key(&w[0]) < key(&w[1])));
+}
+
+#[test]
+fn records_of_another_recipe_are_never_mixed_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = |v| serde_json::json!({"version": v});
+    Store::open(dir.path(), &recipe(1)).unwrap().add(vec![record("topic-1", Set::Known, 8)]).unwrap();
+    let error = Store::open(dir.path(), &recipe(2)).unwrap_err();
+    assert!(matches!(error, CompareError::OtherWork { .. }) && error.hint().is_some());
+    assert_eq!(Store::open(dir.path(), &recipe(1)).unwrap().records().len(), 1);
+}
