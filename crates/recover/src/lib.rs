@@ -19,8 +19,8 @@
 //! | `algebra.rs` | which products does a method ask of an engine? |
 //! | `alignment.rs` | what does alignment say about an update? |
 //! | `resta.rs`, `wise_ft.rs`, `low_rank.rs`, `safe_lora.rs`, `safe_merge.rs` | what does the method do? |
-//! | `safe_delta.rs`, `few_shot.rs` | what does the method do to one module, or to a model in memory? |
-//! | `safe_delta/method.rs`, `few_shot/method.rs` | how is it applied to folders? |
+//! | `safe_delta.rs`, `few_shot.rs`, `salora.rs` | what does the method do to one module, or to a model in memory? |
+//! | `safe_delta/method.rs`, `few_shot/method.rs`, `salora/method.rs` | how is it applied to folders? |
 //!
 //! Weights pass tensor by tensor or in blocks of rows: f32 values, f64 norms and cosines, one rounding to the target's
 //! format. What a method does not touch keeps its bytes, and is counted.
@@ -68,6 +68,7 @@ pub use run_error::RunError;
 pub use safe_delta::SafeDelta;
 pub use safe_lora::{SafeLora, SafeLoraVariant, Select};
 pub use safe_merge::{SafeMerge, SafeMergeVariant};
+pub use salora::SaLora;
 pub use settings::Settings;
 pub use side::Side;
 pub use wise_ft::WiseFt;

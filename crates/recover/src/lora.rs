@@ -87,6 +87,11 @@ impl Random {
         z ^ (z >> 31)
     }
 
+    /// A whole number below `n`, which is above zero; the bias of the remainder is below `n / 2^64`.
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        (self.next() % n.max(1) as u64) as usize
+    }
+
     fn unit(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1u64 << 53) as f64
     }

@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::error::{RecoverError, Result};
 use crate::method::Method;
 use crate::settings::Settings;
-use crate::{few_shot, low_rank, resta, safe_delta, safe_lora, safe_merge, wise_ft};
+use crate::{few_shot, low_rank, resta, safe_delta, safe_lora, safe_merge, salora, wise_ft};
 
 /// What a method needs beside the target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
@@ -117,6 +117,7 @@ pub static METHODS: &[&MethodInfo] = &[
     &safe_merge::INFO,
     &safe_delta::INFO,
     &few_shot::INFO,
+    &salora::INFO,
 ];
 
 /// The method of this name.

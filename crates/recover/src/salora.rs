@@ -28,7 +28,12 @@
 //!   shifted first), and `W − C B₀ A₀` is never rounded to a narrow type. The two halves nearly cancel: store them in f32.
 //! * `C·B = B − V_s(V_sᵀB)`: no `out × out` matrix.
 //!
-//! Not here: which rows, when to stop, files.
+//! Not here: which rows, when to stop. Folders are [`SaLora`]'s.
+
+mod method;
+
+pub(crate) use method::INFO;
+pub use method::SaLora;
 
 use crate::gram::{Gram, Positions, grams};
 use crate::lora::{ModuleFactors, Schedule};

@@ -3,7 +3,9 @@
 use checkpoint::{Checkpoint, Dtype, pack_f32, widen_f32};
 use recover::few_shot::{self, few_shot};
 use recover::safe_delta::{Options, Variant, safe_delta};
-use recover::{Action, Form, Inputs, Positions, RecoverError, Settings, Shot, Shots, grams};
+use recover::{
+    Action, Form, Inputs, ModuleFactors, Positions, RecoverError, Settings, Shot, Shots, grams, salora,
+};
 use serde_json::json;
 use transformer::{Attachments, Chat, Model, Row};
 
@@ -167,6 +169,59 @@ fn few_shot_adapter_over_an_adapter_holds_both() {
 }
 
 #[test]
+fn salora_of_folders_keeps_out_of_safety_and_learns_the_task() {
+    let bench = Bench::new();
+    let all = all(&bench);
+    let inputs = Inputs { target: all.aligned.clone().unwrap(), ..all };
+    let settings = Settings {
+        rank: Some(2),
+        safety_rank: Some(4),
+        samples: Some(5),
+        steps: Some(30),
+        rows: Some(4),
+        rate: Some(1e-2),
+        seed: Some(3),
+        ..some()
+    };
+    let report = bench.run_as("salora", &settings, &inputs, Form::Both, "out").unwrap();
+    let number = |name: &str| report.measured[name].as_f64().unwrap();
+    assert!(number("loss_end") < number("loss_begin"), "{:?}", report.measured);
+    assert_eq!((number("safety_rows"), number("modules_without_free_directions")), (5.0, 0.0));
+    assert_eq!((report.modules.len(), report.tensors.kept), (14, 7));
+    // The directions of safety, by the function, from the same rows.
+    let (_, model, chat) = open(&bench, "aligned");
+    let sizes = salora::Settings { rank: 2, safety_rank: 4, task_rank: 4, ..Default::default() };
+    let (safety, task) = (rows(&chat, &inputs.shots.safety[..5]), rows(&chat, &inputs.shots.task[..5]));
+    let starts = salora::prepare(&model, &safety, &task, chat.end(), &sizes).unwrap();
+    let adapter = Checkpoint::open(&bench.path("out/adapter"), None).unwrap();
+    let mut largest = 0f64;
+    for start in &starts {
+        let module = start.kind.module(start.layer);
+        let f = adapter.factors(&module).unwrap().unwrap();
+        assert_eq!((f.rank, f.scale), (4, 1.0), "{module}");
+        // A₀ is the second half of A, as it was at the start.
+        assert_eq!(f.a[f.a.len() / 2..], start.a[..], "{module}");
+        let factors = ModuleFactors { layer: start.layer, kind: start.kind, rank: 4, b: f.b, a: f.a };
+        let dense = product(&factors);
+        largest = dense.iter().fold(largest, |m, x| m.max(x.abs()));
+        let inside = start.safety.within(&dense, factors.a.len() / 4);
+        // V_s and C·B are in f32: orthogonal up to a few of its roundings of the factors' size.
+        assert!(inside.iter().all(|x| x.abs() < 1e-5), "{module}");
+        let one = crate::support::module(&report, &module);
+        assert_eq!((one.action, one.rank), (Action::Added, Some(4)));
+    }
+    assert!(largest > 1e-2, "nothing was trained: {largest}");
+    // The same call gives the same adapter, another order of rows another one.
+    let again = |seed, out: &str| {
+        let settings = Settings { seed: Some(seed), ..settings.clone() };
+        bench.run_as("salora", &settings, &inputs, Form::Adapter, out).unwrap();
+        std::fs::read(bench.path(out).join("adapter_model.safetensors")).unwrap()
+    };
+    let first = std::fs::read(bench.path("out/adapter/adapter_model.safetensors")).unwrap();
+    assert!(first == again(3, "same") && first != again(4, "other"));
+}
+
+#[test]
 fn what_cannot_be_run_is_refused_before_anything_is_written() {
     let bench = Bench::new();
     let inputs = all(&bench);
@@ -188,6 +243,7 @@ fn what_cannot_be_run_is_refused_before_anything_is_written() {
     let mute = Inputs { shots: silent(vec![row]), ..inputs.clone() };
     refused("safe-delta", &mute, &["aligned", "the answer encodes to no token"]);
     refused("few-shot-lora", &mute, &["target", "the answer encodes to no token"]);
+    refused("salora", &mute, &["target", "the answer encodes to no token"]);
     let error = bench.run_as("safe-delta", &some(), &inputs, Form::Adapter, "out").unwrap_err();
     assert!(matches!(error, RecoverError::NoAdapter { of_model: false, .. }));
     for method in ["safe-delta", "few-shot-lora"] {

@@ -61,5 +61,6 @@ fn needs_of_the_methods() {
     assert_eq!(needs("safemerge"), [Need::Aligned, Need::Base, Need::SafetyAdapter]);
     assert_eq!(needs("safe-delta"), [Need::Aligned, Need::SafetyShots]);
     assert_eq!(needs("few-shot-lora"), [Need::SafetyShots, Need::TaskShots]);
+    assert_eq!(needs("salora"), [Need::SafetyShots, Need::TaskShots]);
     assert_eq!(by_name("few-shot-lora").unwrap().optional, [Need::BenignShots]);
 }

@@ -55,6 +55,7 @@ fn list_names_every_method_with_its_needs() {
         "safemerge",
         "safe-delta",
         "few-shot-lora",
+        "salora",
     ] {
         assert!(names.contains(&name), "{names:?}");
         assert!(shown.contains(name));
