@@ -45,7 +45,7 @@ pub(crate) static INFO: MethodInfo = MethodInfo {
         OptionInfo { name: "rate", default: "0.0005", help: "largest learning rate, above 0" },
         OptionInfo { name: "seed", default: "0", help: "of the order of rows" },
     ],
-    deviations: "all linear modules of the layers instead of q and v; the schedule is ours; exported for the stock θ_a as [C B, −C B₀] [A; A₀]",
+    deviations: "trains the aligned model anew, a fine-tune that exists is left out; all linear modules of the layers instead of q and v; the schedule is ours; exported for the stock θ_a as [C B, −C B₀] [A; A₀]",
     build: |settings| Ok(Box::new(SaLora::new(settings)?)),
 };
 
