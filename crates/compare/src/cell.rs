@@ -45,7 +45,8 @@ fn rate(r: Option<evaluate::Rate>) -> Option<report::Rate> {
     r.map(|r| report::Rate { value: r.value, low: r.low, high: r.high, n: r.n })
 }
 
-/// Makes and stores the records of one target that are not there yet; `None`, or why the target was left out.
+/// Makes and stores the records of one target that are not there yet, as long as `go_on` allows; `None`, or why the target
+/// was left out.
 pub fn run(
     ground: &Ground<'_>,
     plan: &CellPlan,
@@ -53,7 +54,7 @@ pub fn run(
     store: &Store,
     keys: &BTreeSet<Key>,
     scratch: &Path,
-    progress: &dyn Fn(&str),
+    go_on: &dyn Fn() -> Result<(), CompareError>,
 ) -> Result<Option<String>, CompareError> {
     let roots = ground.roots;
     let (layout, seed) = (roots.family.layout.as_str(), ground.seed);
@@ -79,6 +80,7 @@ pub fn run(
         (Set::Shifted, rows(ground, "test-harmful-shifted"), rows(ground, "test-benign-shifted")),
     ];
     for entry in missing {
+        go_on()?;
         let Some(applied) = apply(ground, &patient, entry, recipe, scratch)? else { continue };
         let none = Attachments::none();
         let (model, at): (&Model, Attachments) = match &applied.made {
@@ -119,7 +121,6 @@ pub fn run(
             });
         }
         store.add(records)?;
-        progress(entry.method.name());
     }
     Ok(None)
 }

@@ -12,7 +12,7 @@ use distill::select::{Keep, Score};
 use distill::{Freedom, Frozen, GeneAttachments, Limits, Shots};
 use lab::measure::Rates;
 use lab::train::{self, Lora};
-use lab::{Kind, LabError, Tune, Tuned, Tuner};
+use lab::{Kind, Tune, Tuned, Tuner};
 use rand::seq::SliceRandom;
 use recover::{Inputs, Settings};
 use report::{Label, TradeOff};
@@ -478,10 +478,4 @@ pub fn train_salora(roots: &Roots, tuner: &Tuner<'_>, tune: Tune) -> Result<(Tun
     let rates = roots.family.measure(&model, &Attachments::none(), "dev", tune.task())?;
     tuner.progress.finished(&format!("salora {}", tune.name()), &rates);
     Ok((Tuned::Whole(weights), rates))
-}
-
-impl From<CompareError> for LabError {
-    fn from(e: CompareError) -> Self {
-        LabError::Thread(e.to_string())
-    }
 }

@@ -68,7 +68,6 @@ pub fn run(settings: &Settings, progress: &dyn Progress, stop: &AtomicBool) -> R
     let mut outcome =
         Outcome { records: Vec::new(), scores: Vec::new(), notes: Vec::new(), splits, distilled: Vec::new() };
     let halted = || if stop.load(Ordering::Relaxed) { Err(CompareError::Stopped) } else { Ok(()) };
-    let lab = |e: CompareError| LabError::from(e);
     for &seed in &settings.seeds {
         let mut todo = Vec::new();
         for roots in &roots {
@@ -79,18 +78,18 @@ pub fn run(settings: &Settings, progress: &dyn Progress, stop: &AtomicBool) -> R
             todo.extend(all.map(|t| (roots, t)));
         }
         progress.stage(&format!("training, seed {seed}"), todo.len());
-        train::each(todo.len(), settings.threads, &|i| {
-            halted().map_err(lab)?;
+        train::each::<CompareError>(todo.len(), settings.threads, &|i| {
+            halted()?;
             let (roots, training) = todo[i];
             let result = training.run(roots, seed, progress);
             progress.part(&format!("{} {}", roots.family.layout, training.folder()));
-            result.map_err(lab)
+            result
         })?;
         let grounds: Mutex<Vec<Ground<'_>>> = Mutex::new(Vec::new());
         progress.stage(&format!("genes, seed {seed}"), roots.len());
-        train::each(roots.len(), settings.threads, &|i| {
-            halted().map_err(lab)?;
-            let ground = Ground::open(&roots[i], seed, &plan.recipe, progress).map_err(lab)?;
+        train::each::<CompareError>(roots.len(), settings.threads, &|i| {
+            halted()?;
+            let ground = Ground::open(&roots[i], seed, &plan.recipe, progress)?;
             if let Ok(mut all) = grounds.lock() {
                 all.push(ground);
             }
@@ -103,14 +102,17 @@ pub fn run(settings: &Settings, progress: &dyn Progress, stop: &AtomicBool) -> R
         let cells: Vec<_> = grounds.iter().flat_map(|g| plan.cells.iter().map(move |c| (g, c))).collect();
         progress.stage(&format!("methods, seed {seed}"), cells.len());
         let notes = Mutex::new(Vec::new());
-        train::each(cells.len(), settings.threads, &|i| {
-            halted().map_err(lab)?;
+        train::each::<CompareError>(cells.len(), settings.threads, &|i| {
+            halted()?;
             let (ground, cell) = cells[i];
             let layout = &ground.roots.family.layout;
             let scratch = settings.work.join("scratch").join(format!("{layout}-{seed}-{}", cell.tune.name()));
-            std::fs::create_dir_all(&scratch).map_err(|e| LabError::Thread(e.to_string()))?;
-            let said = |_: &str| {};
-            let note = cell::run(ground, cell, &plan.recipe, &store, &keys, &scratch, &said).map_err(lab)?;
+            std::fs::create_dir_all(&scratch).map_err(|e| CompareError::File {
+                action: "create",
+                path: scratch.clone(),
+                problem: e.to_string(),
+            })?;
+            let note = cell::run(ground, cell, &plan.recipe, &store, &keys, &scratch, &halted)?;
             let _ = std::fs::remove_dir_all(&scratch);
             if let (Some(note), Ok(mut notes)) = (note, notes.lock()) {
                 notes.push(note);

@@ -91,13 +91,13 @@ pub fn single_thread() -> Result<rayon::ThreadPool, LabError> {
 
 /// Calls `work` for `0..n`, `threads` at a time, each call on a thread that has a pool of one for itself, so that nothing
 /// depends on the number of cores. The first error wins.
-pub fn each(
+pub fn each<E: From<LabError> + Send>(
     n: usize,
     threads: usize,
-    work: &(dyn Fn(usize) -> Result<(), LabError> + Sync),
-) -> Result<(), LabError> {
+    work: &(dyn Fn(usize) -> Result<(), E> + Sync),
+) -> Result<(), E> {
     let next = AtomicUsize::new(0);
-    let failed: Mutex<Option<LabError>> = Mutex::new(None);
+    let failed: Mutex<Option<E>> = Mutex::new(None);
     let stop = || failed.lock().map_or(true, |f| f.is_some());
     std::thread::scope(|s| {
         for _ in 0..threads.max(1) {
@@ -107,7 +107,10 @@ pub fn each(
                     if i >= n || stop() {
                         return;
                     }
-                    let result = single_thread().and_then(|pool| pool.install(|| work(i)));
+                    let result = match single_thread() {
+                        Ok(pool) => pool.install(|| work(i)),
+                        Err(e) => Err(e.into()),
+                    };
                     if let (Err(e), Ok(mut slot)) = (result, failed.lock()) {
                         slot.get_or_insert(e);
                     }
@@ -118,7 +121,7 @@ pub fn each(
     match failed.into_inner() {
         Ok(None) => Ok(()),
         Ok(Some(e)) => Err(e),
-        Err(_) => Err(LabError::Thread("work".into())),
+        Err(_) => Err(LabError::Thread("work".into()).into()),
     }
 }
 

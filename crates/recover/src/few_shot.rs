@@ -15,7 +15,7 @@
 //! The rate rises over a twentieth of the steps and falls to zero (300 steps at most; 3e-4 or 1e-3, or whichever of the two
 //! [`better_rate`] finds on held-out shots). Every iterate is measured where its gradient is taken. Training ends
 //!
-//! * before it begins, where the safety loss is at most δ = 0.003;
+//! * before it begins, where the safety loss is at most δ = 0.001;
 //! * at the first iterate within the limit whose safety loss is at most δ;
 //! * after `patience` iterates in a row above the limit;
 //! * when the steps are spent.
@@ -89,7 +89,7 @@ impl Default for Options {
             alpha: 16.0,
             rate: RATES[0],
             max_kl: 0.02,
-            delta: 0.003,
+            delta: 0.001,
             penalty: 1.0,
             steps_max: 300,
             patience: 50,

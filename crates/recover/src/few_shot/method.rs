@@ -39,7 +39,7 @@ pub(crate) static INFO: MethodInfo = MethodInfo {
         },
         OptionInfo {
             name: "delta",
-            default: "0.003",
+            default: "0.001",
             help: "safety loss that is enough, nat per token, above 0",
         },
         OptionInfo { name: "steps", default: "300", help: "optimiser steps at most, 1 to 1000000" },
