@@ -20,13 +20,34 @@ pub(super) fn run(job: &Inspect, ui: &Ui) -> Result<(), Failure> {
     ui.data(&format!("family    {}  {}", name(&m.family.model_type), name(&m.family.fingerprint)));
     ui.data(&format!("aligned   {}  {}", name(&m.sources.aligned.name), name(&m.sources.aligned.content)));
     ui.data(&format!("degraded  {}  {}", name(&m.sources.degraded.name), name(&m.sources.degraded.content)));
-    ui.data(&format!(
-        "holds     {} of the difference (energy {:.4e}); at most {} can be held at this rank, {} is rounding noise",
-        percent(m.captured),
-        m.energy,
-        percent(m.captured_upper_bound),
-        percent(m.noise_floor)
-    ));
+    match m.extra.get("distilled") {
+        Some(d) => {
+            let part = |at: &str, of: &str| d[at][of].as_f64().unwrap_or(f64::NAN);
+            let drifts = d["drifts"].as_u64().unwrap_or(0);
+            ui.data(&format!(
+                "distilled on {drifts} drifts (energy {:.4e}); on held-out rows safety {:.4} -> {:.4}, keep {:.4} -> {:.4} nat per token, margin {:.3} -> {:.3} nat",
+                m.energy,
+                part("start", "safety"),
+                part("end", "safety"),
+                part("start", "keep"),
+                part("end", "keep"),
+                part("start", "margin"),
+                part("end", "margin")
+            ));
+        }
+        None => ui.data(&format!(
+            "holds     {} of the difference (energy {:.4e}); at most {} can be held at this rank, {} is rounding noise",
+            percent(m.captured),
+            m.energy,
+            percent(m.captured_upper_bound),
+            percent(m.noise_floor)
+        )),
+    }
+    for layer in m.layers.iter().filter(|l| l.score.is_some()) {
+        let (score, kept) =
+            (layer.score.unwrap_or(f64::NAN), if layer.selected { "kept" } else { "left out" });
+        ui.data(&format!("score     layer {:>3}  {score:>11.4}  {kept}", layer.layer));
+    }
     let classes: Vec<String> = m
         .classes
         .iter()

@@ -21,12 +21,22 @@ pub(super) fn run(job: &Verify, device: &Device, memory_bytes: u64, ui: &Ui) -> 
         if job.json {
             ui.data(&serde_json::json!({"schema": 1, "content": gene.content(), "faults": []}).to_string());
         }
-        ui.say(&format!(
-            "`{}` agrees with itself; its numbers need --aligned and --degraded",
-            job.gene.display()
-        ));
+        let rest = match gene.manifest().extra.contains_key("distilled") {
+            true => "",
+            false => "; its numbers need --aligned and --degraded",
+        };
+        ui.say(&format!("`{}` agrees with itself{rest}", job.gene.display()));
         return Ok(());
     };
+    if gene.manifest().extra.contains_key("distilled") {
+        return Err(Failure::usage(
+            format!(
+                "`{}` was distilled: its factors are the difference of no two checkpoints",
+                job.gene.display()
+            ),
+            "leave --aligned and --degraded away; `inspect` says what it reached on held-out rows",
+        ));
+    }
     let streaming = Streaming::new(ui);
     let (aligned, degraded) = (Arc::new(open(aligned, &job.base)?), Arc::new(open(degraded, &job.base)?));
     let report = on_device!(device, |engine| {

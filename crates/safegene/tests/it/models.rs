@@ -37,6 +37,15 @@ fn gene_is_distilled_selected_calibrated_and_expressed() {
     assert_eq!(manifest["sources"]["drifts"].as_array().unwrap().len(), 2);
     assert!(manifest["distilled"]["end"]["safety"].is_number());
 
+    // It is no difference of two checkpoints, and says so.
+    let gene = bench.arg("gene");
+    safegene(&["verify", "--gene", &gene]).ok();
+    let (aligned, drift) = (lab_arg("aligned"), lab_arg("drifts/count"));
+    let pair = safegene(&["verify", "--gene", &gene, "--aligned", &aligned, "--degraded", &drift]);
+    assert!(pair.code == 2 && pair.stderr.contains("was distilled"), "{}", pair.stderr);
+    let said = safegene(&["inspect", &gene]).ok().stdout;
+    assert!(said.contains("distilled on 2 drifts") && !said.contains("of the difference"), "{said}");
+
     // Selection keeps half of the layers, and says of all what they score.
     let (gene, some) = (bench.arg("gene"), bench.arg("some"));
     let (model, harmful, benign) = (lab_arg("targets/topic-1"), data("shots-safety"), data("shots-benign"));
@@ -49,6 +58,7 @@ fn gene_is_distilled_selected_calibrated_and_expressed() {
     let chart = select(&["--top", "3"]).ok();
     assert_eq!(chart.stdout.lines().count(), 7, "{}", chart.stdout);
     assert_eq!(chart.stdout.matches('*').count(), 3, "{}", chart.stdout);
+    assert_eq!(safegene(&["inspect", &some]).ok().stdout.matches("kept").count(), 3);
     let layers = read_json(&bench.path("some/gene.json"))["layers"].clone();
     let selected = layers.as_array().unwrap().iter().filter(|l| l["selected"] == true).count();
     assert_eq!((layers.as_array().unwrap().len(), selected), (6, 3));
