@@ -445,13 +445,12 @@ fn distilled(
     let (safety, safety_out) = safety.split_at(safety.len() * 4 / 5);
     let (benign, benign_out) = benign.split_at(benign.len() * 4 / 5);
     let of = |from: usize, n: usize| -> Result<Vec<Drift<'_>>, CompareError> {
-        let one = |(name, held): &'_ (String, Held<'_>)| -> Result<Vec<Row>, CompareError> {
-            let _ = held;
-            roots.rows(&format!("train-{name}"), from, n)
-        };
-        held.iter()
-            .map(|pair| Ok(Drift { name: pair.0.clone(), frozen: pair.1.frozen(), task: one(pair)? }))
-            .collect()
+        let mut drifts = Vec::new();
+        for (name, held) in held {
+            let task = roots.rows(&format!("train-{name}"), from, n)?;
+            drifts.push(Drift { name: name.clone(), frozen: held.frozen(), task });
+        }
+        Ok(drifts)
     };
     let (train, out) = (of(0, TASK_ROWS)?, of(TASK_ROWS, TASK_HELD_OUT)?);
     let settings = distill::distillation::Settings { seed, ..recipe.distill };

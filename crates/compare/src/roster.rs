@@ -114,13 +114,8 @@ pub fn apply(
         (Way::SvdGene, Label::Zero) => work.at_one(&ground.svd)?,
         (Way::FreshGene, Label::Zero) => work.at_one(&ground.fresh)?,
         (Way::Gene, _) => {
-            let drawn = Tune::Target { percent: 1, kind: Kind::Lora, task: lab::tasks::Task::Topic };
-            let is_main = match (patient.tune, drawn) {
-                (Tune::Target { percent, kind, .. }, Tune::Target { percent: p, kind: k, .. }) => {
-                    (percent, kind) == (p, k)
-                }
-                _ => false,
-            };
+            // The curve is drawn for the main targets only.
+            let is_main = matches!(patient.tune, Tune::Target { percent: 1, kind: Kind::Lora, .. });
             let main = is_main && [entry.shots.safety, entry.shots.task, entry.shots.benign] == recipe.shots;
             work.calibrated(&ground.gene, Freedom::PerLayer, main, "")?
         }

@@ -487,9 +487,11 @@ pub fn distill(
     let mut optimiser = Optimiser::new(vars.clone(), AdamW::default());
     let (first, start) = match state {
         Some(state) => {
-            optimiser
-                .restore(&state.moments)
-                .map_err(|(need, found)| DistillError::OtherState { need, found })??;
+            if !optimiser.restore(&state.moments)? {
+                let found = state.moments.values.iter().map(|v| v[0].len()).sum();
+                let need = vars.iter().map(|v| v.elem_count()).sum();
+                return Err(DistillError::OtherState { need, found });
+            }
             (state.step, state.start)
         }
         None => (0, run.held_out(held_out.0, held_out.1, &trained.attachments)?),

@@ -76,19 +76,23 @@ impl Optimiser {
         Ok(Moments { step: self.step, values })
     }
 
-    /// Goes on from `moments`. Those of other variables are refused with the numbers of values (needed, found).
-    pub fn restore(&mut self, moments: &Moments) -> std::result::Result<Result<()>, (usize, usize)> {
-        let need: Vec<usize> = self.vars.iter().map(|v| v.elem_count()).collect();
-        let found = |side: usize| moments.values.iter().map(move |v| v[side].len());
-        if (0..3).any(|side| !found(side).eq(need.iter().copied())) {
-            return Err((need.iter().sum(), found(0).sum()));
+    /// Goes on from `moments`; `false`, and nothing is done, if they are those of other variables.
+    pub fn restore(&mut self, moments: &Moments) -> Result<bool> {
+        let fits = self.vars.len() == moments.values.len()
+            && self
+                .vars
+                .iter()
+                .zip(&moments.values)
+                .all(|(var, parts)| parts.iter().all(|part| part.len() == var.elem_count()));
+        if !fits {
+            return Ok(false);
         }
         self.step = moments.step;
-        for (slot, [_, m, v]) in self.moments.iter_mut().zip(&moments.values) {
+        for ((var, slot), [x, m, v]) in self.vars.iter().zip(&mut self.moments).zip(&moments.values) {
+            var.set(&Tensor::from_slice(x, var.shape(), var.device())?)?;
             *slot = (m.clone(), v.clone());
         }
-        let mut set = self.vars.iter().zip(&moments.values);
-        Ok(set.try_for_each(|(var, [x, ..])| var.set(&Tensor::from_slice(x, var.shape(), var.device())?)))
+        Ok(true)
     }
 
     /// One step at `lr`; returns the gradient's L2 norm before clipping.
