@@ -11,7 +11,7 @@ use kernels::Shape;
 
 use crate::error::{RecoverError, Result};
 use crate::method::{Job, Models};
-use crate::side::{Scope, Side};
+use crate::side::{Scope, Side, Step, key_of};
 
 /// Which `C`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,50 +124,44 @@ impl<'a> Alignment<'a> {
 
     /// The update of a module, and what `C` makes of it.
     pub(crate) fn see(&self, unit: &Unit) -> Result<Seen> {
-        let at = |source| RecoverError::Kernel { tensor: unit.name.clone(), source };
         let shape = Shape { rows: unit.rows() as usize, cols: unit.cols() as usize };
-        let (aligned, base) = (self.aligned.rows_of(&unit.name)?, self.base.rows_of(&unit.name)?);
-        let mut need = aligned.bytes_with(&base);
         let algebra = self.job.algebra;
         let adapter = self.target.checkpoint().adapter();
         let factors = match adapter.zip(module_of(&unit.tensor)) {
             Some((adapter, module)) => adapter.factors(module)?,
             None => None,
         };
-        let update = match factors {
-            Some(factors) => Update::Factors(factors),
+        // What is dense and f32 beside the two sides: the update, and what C makes of it.
+        let (update, beside_bytes) = match factors {
+            Some(factors) => (Update::Factors(factors), 0),
             None => {
-                // The update, what C makes of it, and one of the two differences at a time.
-                need = need.saturating_add(unit.rows().saturating_mul(unit.cols()).saturating_mul(8));
-                self.job.check_memory(&unit.name, need)?;
-                let target = self.target.rows_of(&unit.name)?;
-                Update::Dense(algebra.dense(target.less(&aligned)?).map_err(at)?)
+                let beside_bytes = unit.rows().saturating_mul(unit.cols()).saturating_mul(8);
+                let step = Step::new(self.target, self.aligned, &unit.name)?;
+                let delta = algebra.dense(step.difference(self.job, beside_bytes)?);
+                (Update::Dense(delta.map_err(|error| step.kernel_error(error))?), beside_bytes)
             }
         };
-        self.job.check_memory(&unit.name, need)?;
         let (b, cols) = match &update {
             Update::Factors(factors) => (&factors.b, factors.rank),
             Update::Dense(delta) => (delta, shape.cols),
         };
-        let through = if b.iter().all(|&x| x == 0.0) {
-            Some(vec![0.0; b.len()])
-        } else {
-            let v = aligned.less(&base)?;
-            match self.through {
-                Through::Published => algebra.through(v, b, cols).map_err(at)?,
-                Through::Orthonormal { rank, seed } => {
-                    let key = crate::side::key_of(&unit.name);
-                    let found = algebra.factor(v, key, rank, seed);
-                    let found = found
-                        .map_err(|source| RecoverError::LowRank { tensor: unit.name.clone(), source })?;
-                    match found {
-                        None => None,
-                        Some((low_rank, _)) => {
-                            let side = Shape { rows: shape.rows, cols: low_rank.rank };
-                            let u = unit_columns(&low_rank.b, low_rank.rank);
-                            let inside = algebra.product_of_transposed(&u, side, b, cols).map_err(at)?;
-                            Some(algebra.product(&u, side, &inside, cols).map_err(at)?)
-                        }
+        let step = Step::new(self.aligned, self.base, &unit.name)?;
+        let at = |error| step.kernel_error(error);
+        let through = match self.through {
+            _ if b.iter().all(|&x| x == 0.0) => Some(vec![0.0; b.len()]),
+            Through::Published => {
+                algebra.through(step.difference(self.job, beside_bytes)?, b, cols).map_err(at)?
+            }
+            Through::Orthonormal { rank, seed } => {
+                let v = step.difference(self.job, beside_bytes)?;
+                let found = algebra.factor(v, key_of(&unit.name), rank, seed);
+                match found.map_err(|error| step.factor_error(error))? {
+                    None => None,
+                    Some((low_rank, _)) => {
+                        let side = Shape { rows: shape.rows, cols: low_rank.rank };
+                        let u = unit_columns(&low_rank.b, low_rank.rank);
+                        let inside = algebra.product_of_transposed(&u, side, b, cols).map_err(at)?;
+                        Some(algebra.product(&u, side, &inside, cols).map_err(at)?)
                     }
                 }
             }

@@ -32,7 +32,7 @@ use crate::registry::{MethodInfo, Need, OptionInfo, When};
 use crate::report::{Action, ModuleReport};
 use crate::rewrite::{Change, Recipe, rewrite};
 use crate::settings::{Settings, Taking};
-use crate::side::{Scope, Side, add_products, is_weight, key_of};
+use crate::side::{Scope, Side, Step, add_products, is_weight, key_of};
 
 /// The entry of the restoration.
 pub(crate) static RESTORE: MethodInfo = MethodInfo {
@@ -224,11 +224,12 @@ impl Cut<'_> {
 
     /// Factors of a unit's difference; `None` where there is none.
     fn factors(&self, unit: &Unit) -> Result<Option<Factors>> {
-        let (one, other) = (self.one.rows_of(&unit.name)?, self.other.rows_of(&unit.name)?);
-        self.job.check_memory(&unit.name, one.bytes_with(&other))?;
-        let found = self.job.algebra.factor(one.less(&other)?, key_of(&unit.name), self.rank, self.seed);
-        let at = |source| RecoverError::LowRank { tensor: unit.name.clone(), source };
-        let Some((low_rank, sumsq)) = found.map_err(at)? else { return Ok(None) };
+        let step = Step::new(self.one, self.other, &unit.name)?;
+        let difference = step.difference(self.job, 0)?;
+        let found = self.job.algebra.factor(difference, key_of(&unit.name), self.rank, self.seed);
+        let Some((low_rank, sumsq)) = found.map_err(|error| step.factor_error(error))? else {
+            return Ok(None);
+        };
         let captured: f64 = low_rank.singular.iter().map(|value| value * value).sum();
         let share = (low_rank.rank, (captured / sumsq).sqrt().min(1.0));
         self.found.lock().unwrap_or_else(PoisonError::into_inner).insert(unit.name.clone(), share);

@@ -1,8 +1,8 @@
 //! A PEFT adapter like the target's, in which some modules have other factors.
 //!
-//! New factors are f32 and come first in the file; what stays keeps its bytes. The config is the target's: where a module's
-//! rank or scale is another one, a pattern that matches its path only says so, before all others. A base that is named by
-//! a path is named by its absolute one, because the adapter lies in another folder now.
+//! New factors are f32 and come first in the file; what stays keeps its bytes. The config is the target's. Where ranks are
+//! others now, `r` is the largest, which loaders go by, and patterns that match one path each name every module of another
+//! rank or alpha. A base that is named by a path is named by its absolute one, because the adapter lies in another folder now.
 //!
 //! Not here: which modules, and their factors.
 
@@ -74,25 +74,32 @@ fn config(target: &Checkpoint, adapter: &Adapter, new: &BTreeMap<String, NewFact
     let mut config = adapter.config().raw.clone();
     let Some(object) = config.as_object_mut() else { return Ok(config) };
     object.insert("base_model_name_or_path".to_owned(), json!(gene::base_name(target)?));
+    if !new.values().any(|factors| matches!(factors, NewFactors::Both { .. })) {
+        return Ok(config);
+    }
+    let old = adapter.config();
+    let of = |name: &String| match new.get(name) {
+        // A scale of 1.
+        Some(NewFactors::Both { rank, .. }) if old.use_rslora => (*rank, (*rank as f64).sqrt()),
+        Some(NewFactors::Both { rank, .. }) => (*rank, *rank as f64),
+        _ => (old.rank_of(name), old.alpha_of(name)),
+    };
+    let modules: Vec<(&String, (usize, f64))> =
+        adapter.modules().keys().map(|name| (name, of(name))).collect();
+    let Some(&(_, (r, alpha))) = modules.iter().max_by_key(|(_, (rank, _))| *rank) else { return Ok(config) };
     let (mut ranks, mut alphas) = (Map::new(), Map::new());
-    for (name, factors) in new {
-        if let NewFactors::Both { rank, .. } = factors {
-            let pattern = format!("^{}", gene::escaped(name));
+    for (name, (rank, own_alpha)) in modules {
+        let pattern = format!("^{}", gene::escaped(name));
+        if rank != r {
             ranks.insert(pattern.clone(), json!(rank));
-            // A scale of 1.
-            let alpha = if adapter.config().use_rslora { (*rank as f64).sqrt() } else { *rank as f64 };
-            alphas.insert(pattern, json!(alpha));
+        }
+        if own_alpha != alpha {
+            alphas.insert(pattern, json!(own_alpha));
         }
     }
-    for (key, mut patterns) in [("rank_pattern", ranks), ("alpha_pattern", alphas)] {
-        if patterns.is_empty() {
-            continue;
-        }
-        // The first that matches counts, here and in PEFT.
-        for (pattern, value) in object.get(key).and_then(Value::as_object).into_iter().flatten() {
-            patterns.entry(pattern.clone()).or_insert_with(|| value.clone());
-        }
-        object.insert(key.to_owned(), Value::Object(patterns));
-    }
+    object.insert("r".to_owned(), json!(r));
+    object.insert("lora_alpha".to_owned(), json!(alpha));
+    object.insert("rank_pattern".to_owned(), Value::Object(ranks));
+    object.insert("alpha_pattern".to_owned(), Value::Object(alphas));
     Ok(config)
 }

@@ -28,6 +28,9 @@ pub fn recover(method: &dyn Method, inputs: &Inputs, job: &Job<'_>) -> Result<Re
         Form::Merged | Form::Adapter => vec![(job.out.to_path_buf(), job.form)],
         Form::Both => vec![(job.out.join("merged"), Form::Merged), (job.out.join("adapter"), Form::Adapter)],
     };
+    if job.form == Form::Both {
+        only_parts(job.out)?;
+    }
     let exists = |out: &Path| out.symlink_metadata().is_ok();
     if let Some((out, _)) =
         parts.iter().find(|(out, form)| exists(out) && !job.force && !is_recovered(out, *form))
@@ -116,6 +119,18 @@ impl Record {
             && found.report.options == self.report.options;
         same.then_some(found.report)
     }
+}
+
+/// Refuses to put two outputs into a folder that holds something else.
+fn only_parts(out: &Path) -> Result<()> {
+    let Ok(entries) = std::fs::read_dir(out) else { return Ok(()) };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        if !["merged", "adapter", "merged.partial", "adapter.partial"].iter().any(|part| name == *part) {
+            return Err(CheckpointError::OutputExists { out: out.to_path_buf() }.into());
+        }
+    }
+    Ok(())
 }
 
 /// Whether a folder has a record of a recovery at all: a look that costs nothing, before contents are hashed.

@@ -6,18 +6,23 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use checkpoint::{BlockScale, Checkpoint, Dtype, Factors, Role, Unit, module_of, printable, widen_f32};
-use kernels::{Scales, Shape, Weights};
+use checkpoint::{
+    BlockScale, Checkpoint, CheckpointError, Dtype, Factors, Role, Unit, module_of, printable, widen_f32,
+};
+use kernels::{KernelError, RowReader, Scales, Shape, Unreadable, Weights};
+use lowrank::LowRankError;
 
 use crate::algebra::Difference;
 use crate::error::{RecoverError, Result};
+use crate::method::Job;
 
 /// An opened model or adapter, by units.
 #[derive(Debug)]
 pub struct Side {
-    checkpoint: Checkpoint,
+    /// Shared with the readers that an engine is given.
+    checkpoint: Arc<Checkpoint>,
     units: BTreeMap<String, Unit>,
 }
 
@@ -33,7 +38,7 @@ pub(crate) enum Scope {
 impl Side {
     pub(crate) fn new(checkpoint: Checkpoint) -> Result<Side> {
         let units = checkpoint.units()?.into_iter().map(|unit| (unit.name.clone(), unit)).collect();
-        Ok(Side { checkpoint, units })
+        Ok(Side { checkpoint: Arc::new(checkpoint), units })
     }
 
     /// The checkpoint.
@@ -257,8 +262,8 @@ impl UnitRows<'_> {
         Shape { rows: self.unit.rows() as usize, cols: self.unit.cols() as usize }
     }
 
-    /// All of it for an engine: as it is stored, or in f32 where something is added.
-    fn weights(&self) -> Result<Weights> {
+    /// All of it for an engine: as it is stored, in memory or by a reader, or in f32 where something is added.
+    fn weights(&self, held: bool, unread: &Unread) -> Result<Weights> {
         let at = |source| RecoverError::Kernel { tensor: self.unit.name.clone(), source };
         if !self.terms.is_empty() {
             let bytes: Vec<u8> = self.values(self.all())?.iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -270,9 +275,16 @@ impl UnitRows<'_> {
             dtype: self.unit.dtype,
             what: "computed with",
         })?;
-        let mut bytes = vec![0u8; self.shape().bytes(dtype).map_err(at)?];
-        self.side.checkpoint.read_unit(self.unit, self.all(), &mut bytes)?;
-        let weights = Weights::held(Arc::new(bytes), dtype, self.shape()).map_err(at)?;
+        let weights = if held {
+            let mut bytes = vec![0u8; self.shape().bytes(dtype).map_err(at)?];
+            self.side.checkpoint.read_unit(self.unit, self.all(), &mut bytes)?;
+            Weights::held(Arc::new(bytes), dtype, self.shape())
+        } else {
+            let (side, unit) = (self.side.checkpoint.clone(), self.unit.clone());
+            let reader = UnitReader { checkpoint: side, unit, unread: unread.clone() };
+            Weights::read(Arc::new(reader), dtype, self.shape())
+        };
+        let weights = weights.map_err(at)?;
         match &self.scales {
             None => Ok(weights),
             Some((scale, grid)) => weights
@@ -286,15 +298,81 @@ impl UnitRows<'_> {
         }
     }
 
-    /// This less the same unit of another side, for an engine.
-    pub(crate) fn less(&self, other: &UnitRows<'_>) -> Result<Difference> {
-        Ok(Difference { one: self.weights()?, other: other.weights()? })
+    /// Bytes that it takes in memory for an engine.
+    fn bytes(&self) -> u64 {
+        let size = if self.terms.is_empty() { self.unit.dtype.bits() / 8 } else { 4 };
+        self.unit.rows().saturating_mul(self.unit.cols()).saturating_mul(size)
+    }
+}
+
+/// This unit of one side less the same of another, for an engine.
+pub(crate) struct Step<'a> {
+    one: UnitRows<'a>,
+    other: UnitRows<'a>,
+    unread: Unread,
+}
+
+/// Why rows could not be read, if they could not.
+type Unread = Arc<Mutex<Option<CheckpointError>>>;
+
+impl<'a> Step<'a> {
+    pub(crate) fn new(one: &'a Side, other: &'a Side, unit: &str) -> Result<Step<'a>> {
+        Ok(Step { one: one.rows_of(unit)?, other: other.rows_of(unit)?, unread: Unread::default() })
     }
 
-    /// Bytes that both sides take in memory for an engine.
-    pub(crate) fn bytes_with(&self, other: &UnitRows<'_>) -> u64 {
-        let elements = self.unit.rows().saturating_mul(self.unit.cols());
-        let size = |rows: &UnitRows<'_>| if rows.terms.is_empty() { rows.unit.dtype.bits() / 8 } else { 4 };
-        elements.saturating_mul(size(self) + size(other))
+    /// Both sides, in memory if they fit into what is left of it beside `beside_bytes`; else rows are read whenever they
+    /// are needed. Sides that are made in f32 have to fit.
+    pub(crate) fn difference(&self, job: &Job<'_>, beside_bytes: u64) -> Result<Difference> {
+        let made = [&self.one, &self.other].into_iter().filter(|rows| !rows.terms.is_empty());
+        let made_bytes = made.map(UnitRows::bytes).fold(beside_bytes, u64::saturating_add);
+        job.check_memory(&self.one.unit.name, made_bytes)?;
+        let all = beside_bytes.saturating_add(self.one.bytes()).saturating_add(self.other.bytes());
+        let held = all <= job.memory_bytes;
+        let weights = |rows: &UnitRows<'_>| rows.weights(held, &self.unread);
+        Ok(Difference { one: weights(&self.one)?, other: weights(&self.other)? })
+    }
+
+    /// An engine's error about it, with its file.
+    pub(crate) fn kernel_error(&self, source: KernelError) -> RecoverError {
+        let tensor = self.one.unit.name.clone();
+        match source {
+            KernelError::Unread { .. } => {
+                match self.unread.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                    Some(error) => error.into(),
+                    None => RecoverError::Kernel { tensor, source },
+                }
+            }
+            KernelError::NonFinite { side, index } => {
+                let rows = if side == kernels::Side::Aligned { &self.one } else { &self.other };
+                RecoverError::NonFinite { tensor, file: rows.side.file_of(rows.unit), index }
+            }
+            source => RecoverError::Kernel { tensor, source },
+        }
+    }
+
+    /// The same of a factorisation.
+    pub(crate) fn factor_error(&self, source: LowRankError) -> RecoverError {
+        match source {
+            LowRankError::Kernel(source) => self.kernel_error(source),
+            source => RecoverError::LowRank { tensor: self.one.unit.name.clone(), source },
+        }
+    }
+}
+
+/// Reads rows of a unit for an engine.
+struct UnitReader {
+    checkpoint: Arc<Checkpoint>,
+    unit: Unit,
+    unread: Unread,
+}
+
+impl RowReader for UnitReader {
+    fn read(&self, first_row: usize, out: &mut [u8]) -> std::result::Result<(), Unreadable> {
+        let row_bytes = (self.unit.cols() * self.unit.dtype.bits() / 8).max(1);
+        let rows = first_row as u64..first_row as u64 + out.len() as u64 / row_bytes;
+        self.checkpoint.read_unit(&self.unit, rows, out).map_err(|error| {
+            *self.unread.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            Unreadable
+        })
     }
 }

@@ -317,29 +317,82 @@ fn target_in_eight_bits_is_refused() {
 }
 
 #[test]
-fn module_larger_than_the_memory_is_refused() {
+fn update_larger_than_the_memory_is_refused() {
     let bench = Bench::new();
     let inputs = all(&bench);
-    for method in ["low-rank-restore", "safelora"] {
-        let settings = if method == "safelora" {
-            Settings::default()
-        } else {
-            Settings { rank: Some(1), ..Settings::default() }
-        };
-        let method = (by_name(method).unwrap().build)(&settings).unwrap();
-        let out = bench.path("out");
+    let method = (by_name("safelora").unwrap().build)(&Settings::default()).unwrap();
+    let out = bench.path("out");
+    let run = |target: &Path, memory_bytes| {
         let job = Job {
             out: &out,
             form: Form::Merged,
             force: false,
-            memory_bytes: 31,
+            memory_bytes,
             algebra: &CpuEngine::new(),
             stop: &AtomicBool::new(false),
             progress: &NoProgress,
         };
-        let error = recover::recover(&*method, &inputs, &job).unwrap_err();
-        // Two sides of four f32.
-        assert!(matches!(error, RecoverError::Memory { need_bytes: 32, limit_bytes: 31, .. }), "{error}");
-        assert!(!out.exists() && !bench.path("out.partial").exists());
+        recover::recover(&*method, &Inputs { target: target.to_path_buf(), ..inputs.clone() }, &job)
+    };
+    // Of a whole model the update and what C makes of it, four f32 each, have to fit.
+    let whole = bench.one("whole", SHAPE, &[1.0, 2.0, 5.0, 6.0]);
+    let error = run(&whole, 31).unwrap_err();
+    assert!(matches!(error, RecoverError::Memory { need_bytes: 32, limit_bytes: 31, .. }), "{error}");
+    assert!(!out.exists() && !bench.path("out.partial").exists());
+    // Stored sides are read when they are needed.
+    let small = run(&whole, 32).unwrap();
+    fs::remove_dir_all(&out).unwrap();
+    let large = run(&whole, 1 << 30).unwrap();
+    assert_eq!(small.modules, large.modules);
+    fs::remove_dir_all(&out).unwrap();
+    run(&inputs.target, 1).unwrap();
+}
+
+#[test]
+fn weights_that_an_engine_finds_not_finite_are_named() {
+    for method in ["safelora", "low-rank-restore"] {
+        for memory_bytes in [1 << 30, 0] {
+            let bench = Bench::new();
+            let inputs = all(&bench);
+            bench.one("aligned", SHAPE, &[1.0, 2.0, 3.0, f32::NAN]);
+            // The target's own base is a copy without it.
+            let base = bench.one("copy", SHAPE, &W);
+            let target = bench.adapter("target", &base, 1.0, &[(Q, 1, &[1.0, 1.0], &[1.0, 2.0])]);
+            // Of SafeLoRA the adapter has to be over the very aligned model; a whole model is its own.
+            let target = if method == "safelora" { base } else { target };
+            bench.one("copy", SHAPE, &[1.0, 2.0, 5.0, 6.0]);
+            let inputs = Inputs { target, ..inputs };
+            let settings = match method {
+                "safelora" => Settings::default(),
+                _ => Settings { rank: Some(1), ..Settings::default() },
+            };
+            let method = (by_name(method).unwrap().build)(&settings).unwrap();
+            let out = bench.path("out");
+            let job = Job {
+                out: &out,
+                form: Form::Merged,
+                force: false,
+                // What an adapter adds to is made in f32, and has to fit.
+                memory_bytes: memory_bytes + 32,
+                algebra: &CpuEngine::new(),
+                stop: &AtomicBool::new(false),
+                progress: &NoProgress,
+            };
+            let error = recover::recover(&*method, &inputs, &job).unwrap_err();
+            let RecoverError::NonFinite { file, index: 3, .. } = &error else { panic!("{error}") };
+            assert!(file.ends_with("aligned/model.safetensors"), "{error}");
+        }
     }
+}
+
+#[test]
+fn both_outputs_go_into_a_folder_of_their_own() {
+    let bench = Bench::new();
+    let inputs = all(&bench);
+    fs::create_dir(bench.path("out")).unwrap();
+    fs::write(bench.path("out/mine"), "text").unwrap();
+    let error = bench.run_as("safelora", &Settings::default(), &inputs, Form::Both, "out").unwrap_err();
+    assert!(matches!(error, RecoverError::Checkpoint(CheckpointError::OutputExists { .. })), "{error}");
+    fs::remove_file(bench.path("out/mine")).unwrap();
+    bench.run_as("safelora", &Settings::default(), &inputs, Form::Both, "out").unwrap();
 }

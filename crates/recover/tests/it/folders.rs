@@ -143,34 +143,45 @@ fn interrupted_recovery_leaves_nothing() {
 }
 
 #[test]
-fn experts_stored_the_other_way_round_are_changed_in_place() {
-    let bench = Bench::new();
-    // gpt-oss: [E, in, out], gate the even columns of gate_up. Two experts, hidden 3, intermediate 2.
-    let (gate_up, down) = ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj");
-    let model = |name: &str, seed: u64| {
-        let tensors =
-            [named(down, &[2, 2, 3], &noise(12, seed)), named(gate_up, &[2, 3, 4], &noise(24, seed + 1))];
-        let dir = bench.model(name, Dtype::F32, &tensors);
-        let config = json!({"model_type": "gpt_oss", "num_hidden_layers": 1, "hidden_size": 3});
-        save_json(&dir, "config.json", &config);
-        dir
-    };
-    let inputs = Inputs { aligned: Some(model("aligned", 1)), ..inputs(&model("target", 11)) };
-    let report =
-        bench.run("wise-ft", &Settings { lambda: Some(0.25), ..Settings::default() }, &inputs).unwrap();
-    assert_eq!(report.modules.len(), 6, "gate, up and down of two experts");
-    assert_eq!(report.tensors.changed, 2);
-    for tensor in [gate_up, down] {
-        let (a, t, got) =
-            (bench.values("aligned", tensor), bench.values("target", tensor), bench.values("out", tensor));
-        for (index, (got, (a, t))) in got.iter().zip(a.iter().zip(&t)).enumerate() {
-            assert_eq!(*got, 0.75 * a + 0.25 * t, "{tensor} {index}");
+fn stacked_experts_are_changed_in_place() {
+    // [E, in, out] with gate the even columns of gate_up, and [E, out, in] with gate the first rows. Two experts, hidden 3,
+    // intermediate 2.
+    for (model_type, gate_up_shape, down_shape) in
+        [("gpt_oss", [2, 3, 4], [2, 2, 3]), ("qwen3_moe", [2, 4, 3], [2, 3, 2])]
+    {
+        let bench = Bench::new();
+        let (gate_up, down) =
+            ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj");
+        let model = |name: &str, seed: u64| {
+            let tensors = [
+                named(down, &down_shape, &noise(12, seed)),
+                named(gate_up, &gate_up_shape, &noise(24, seed + 1)),
+            ];
+            let dir = bench.model(name, Dtype::F32, &tensors);
+            let config = json!({"model_type": model_type, "num_hidden_layers": 1, "hidden_size": 3});
+            save_json(&dir, "config.json", &config);
+            dir
+        };
+        let inputs = Inputs { aligned: Some(model("aligned", 1)), ..inputs(&model("target", 11)) };
+        let settings = Settings { lambda: Some(0.25), ..Settings::default() };
+        let report = bench.run("wise-ft", &settings, &inputs).unwrap();
+        assert_eq!(report.modules.len(), 6, "gate, up and down of two experts");
+        assert_eq!(report.tensors.changed, 2);
+        for tensor in [gate_up, down] {
+            let (a, t, got) = (
+                bench.values("aligned", tensor),
+                bench.values("target", tensor),
+                bench.values("out", tensor),
+            );
+            for (index, (got, (a, t))) in got.iter().zip(a.iter().zip(&t)).enumerate() {
+                assert_eq!(*got, 0.75 * a + 0.25 * t, "{model_type}, {tensor} {index}");
+            }
         }
     }
 }
 
 #[test]
-fn memory_of_a_block_and_threads_do_not_matter() {
+fn blocks_and_threads_do_not_matter() {
     // More than one block of rows, and rows that do not divide it.
     let bench = Bench::new();
     let (rows, cols) = (1031, 600);

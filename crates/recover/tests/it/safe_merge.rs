@@ -138,6 +138,8 @@ fn adapter_of_mixed_ranks_and_scales_is_read_back() {
         let config = made.adapter().unwrap().config();
         assert_eq!((config.rank_of(Q), config.scale_of(Q)), (2, 1.0));
         assert_eq!((config.rank_of(K), config.scale_of(K)), (1, 2.0));
+        // Loaders make room for `r`.
+        assert_eq!(config.r, 2);
     }
 }
 
