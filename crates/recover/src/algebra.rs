@@ -6,7 +6,7 @@ use kernels::{Engine, KernelError, Shape, Weights};
 use lowrank::{Factor, LowRank, LowRankError, Rank};
 
 /// Columns of a dense matrix that go through `V` at once.
-const PANEL_COLS: usize = 512;
+pub(crate) const PANEL_COLS: usize = 512;
 
 /// Two stored sides of one matrix: what is meant is `one - other`.
 #[derive(Debug, Clone)]

@@ -9,6 +9,7 @@
 use checkpoint::{Checkpoint, Factors, Unit, module_of};
 use kernels::Shape;
 
+use crate::algebra::PANEL_COLS;
 use crate::error::{RecoverError, Result};
 use crate::method::{Job, Models};
 use crate::side::{Scope, Side, Step, key_of};
@@ -131,11 +132,14 @@ impl<'a> Alignment<'a> {
             Some((adapter, module)) => adapter.factors(module)?,
             None => None,
         };
-        // What is dense and f32 beside the two sides: the update, and what C makes of it.
+        // What is f32 beside the two sides: the update, what C makes of it, and a panel on its way.
         let (update, beside_bytes) = match factors {
             Some(factors) => (Update::Factors(factors), 0),
             None => {
-                let beside_bytes = unit.rows().saturating_mul(unit.cols()).saturating_mul(8);
+                let (rows, cols) = (unit.rows(), unit.cols());
+                let panel = 2 * (rows + cols).saturating_mul(cols.min(PANEL_COLS as u64));
+                let beside_bytes =
+                    rows.saturating_mul(cols).saturating_mul(2).saturating_add(panel).saturating_mul(4);
                 let step = Step::new(self.target, self.aligned, &unit.name)?;
                 let delta = algebra.dense(step.difference(self.job, beside_bytes)?);
                 (Update::Dense(delta.map_err(|error| step.kernel_error(error))?), beside_bytes)

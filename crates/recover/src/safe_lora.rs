@@ -19,7 +19,7 @@
 //!
 //! A target that is a whole model is not what the source is about. Its update is W_t − W_a of every linear module of the
 //! layers, in full: W ← W_a + C (W_t − W_a) where cos ≤ τ. Beside linear modules nothing changes. That takes 6 · out · in²
-//! operations a module and again for each that is projected, and two f32 copies of it in memory.
+//! operations a module and again for each that is projected, and two f32 copies of it and a panel in memory.
 
 use std::collections::BTreeMap;
 
