@@ -2,8 +2,7 @@
 """Does `safegene recover` compute what its methods' papers say, and does PEFT load what it writes?
 
 Every method is applied to a target of the shipped lab, stored as f32, and computed again with torch in f64 from its formula,
-with no code in common: square matrices C, exact singular value decompositions, PEFT's own `linear` combination. The lab has
-no model from before alignment; one is made by adding matrices of rank 12 and a little noise to the aligned one.
+with no code in common: square matrices C, exact singular value decompositions, PEFT's own `linear` combination.
 
   resta, wise-ft          weights                                                <= 1e-6 of a tensor's largest value
   low-rank-restore, lox   what the cut difference misses, over the optimum's     <= 1.005 (squared norms)
@@ -30,7 +29,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from check_logits import call, copy_as
@@ -72,7 +71,8 @@ class Check:
         for name in ("targets/topic-1", "targets/sentiment-0", "degraded-mild"):
             self.adapter(name)
         self.aligned = weights(self.tmp / "aligned")
-        self.base_model()
+        copy_as(self.lab / "base", self.tmp / "base", "f32")
+        self.base = weights(self.tmp / "base")
         self.update = {name: s * b @ a for name, (b, a, s) in lora(self.tmp / "topic-1").items()}
         self.target = {name: w + self.update.get(name, 0) for name, w in self.aligned.items()}
 
@@ -89,17 +89,6 @@ class Check:
         config = json.loads((folder / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = "../aligned"
         (folder / "adapter_config.json").write_text(json.dumps(config))
-
-    def base_model(self):
-        copy_as(self.lab / "aligned", self.tmp / "base", "f32")
-        draw = torch.Generator().manual_seed(7)
-        tensors = load_file(self.tmp / "base" / "model.safetensors")
-        for name in sorted(filter(linear, tensors)):
-            out, into = tensors[name].shape
-            step = torch.randn(out, 12, generator=draw) @ torch.randn(12, into, generator=draw) * 0.01
-            tensors[name] -= step + torch.randn(out, into, generator=draw) * 0.003
-        save_file(tensors, self.tmp / "base" / "model.safetensors", metadata={"format": "pt"})
-        self.base = weights(self.tmp / "base")
 
     def recover(self, method, target, out, *more):
         sides = ["--aligned", self.tmp / "aligned"] if method != "lox" else []
@@ -162,7 +151,7 @@ class Check:
         self.recover("wise-ft", "topic-1", "whole", "--lambda", 1)
         self.recover("safelora", "whole", "safelora-whole", *base, "--modules", 10)
         self.same("safelora of a whole model", weights(self.tmp / "safelora-whole"), want, FACTORS)
-        # Through orthonormal directions; where singular values lie near each other the subspace is known less well.
+        # Through orthonormal directions: where singular values lie near each other the subspace is known less well.
         self.recover("safelora", "topic-1", "orthonormal", *base, "--tau", 1, "--variant", "orthonormal", "--rank", 12)
         want = {}
         for name, update in self.update.items():

@@ -15,23 +15,6 @@ fn report(stdout: &str) -> Value {
     serde_json::from_str(stdout).unwrap()
 }
 
-/// The aligned model as it might have been before alignment: some elements of its matrices moved a little. The family
-/// ships no such model, because it was trained to answer and to refuse at once.
-fn base(bench: &Bench) -> String {
-    let dir = bench.copy("aligned", "base");
-    edit_tensors(&dir, |tensors| {
-        for tensor in tensors.iter_mut().filter(|t| t.shape.len() == 2 && t.name.contains("layers")) {
-            for (i, x) in tensor.bytes.chunks_exact_mut(2).enumerate() {
-                // A bit of a bf16 worth 1/32 of it, in a pattern of rank well above 1.
-                if i % 7 == 0 || i % 11 == 3 {
-                    x[0] ^= 4;
-                }
-            }
-        }
-    });
-    bench.arg("base")
-}
-
 fn call<'a>(method: &'a str, target: &'a str, out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     let mut call = vec!["-q", "recover", "--json", "--method", method, "--target", target, "--out", out];
     call.extend(more);
@@ -159,7 +142,7 @@ fn wise_ft_at_its_ends() {
 #[test]
 fn safelora_as_adapter_and_merged() {
     let bench = Bench::new();
-    let (target, aligned, base) = (lab_arg("targets/topic-1"), lab_arg("aligned"), base(&bench));
+    let (target, aligned, base) = (lab_arg("targets/topic-1"), lab_arg("aligned"), lab_arg("base"));
     let inputs = ["--aligned", &aligned, "--base", &base, "--modules", "10", "--as", "both"];
     let out = bench.arg("out");
     let done = report(&safegene(&call("safelora", &target, &out, &inputs)).ok().stdout);
@@ -201,7 +184,7 @@ fn safelora_as_adapter_and_merged() {
 #[test]
 fn safelora_of_a_whole_model_is_that_of_its_adapter() {
     let bench = Bench::new();
-    let (target, aligned, base) = (lab_arg("targets/topic-1"), lab_arg("aligned"), base(&bench));
+    let (target, aligned, base) = (lab_arg("targets/topic-1"), lab_arg("aligned"), lab_arg("base"));
     // Merged by an average that is all the target.
     let whole = bench.arg("whole");
     safegene(&call("wise-ft", &target, &whole, &["--aligned", &aligned, "--lambda", "1"])).ok();
@@ -223,7 +206,7 @@ fn safelora_of_a_whole_model_is_that_of_its_adapter() {
 #[test]
 fn safemerge_of_two_adapters() {
     let bench = Bench::new();
-    let (target, aligned, base) = (lab_arg("targets/topic-1"), lab_arg("aligned"), base(&bench));
+    let (target, aligned, base) = (lab_arg("targets/topic-1"), lab_arg("aligned"), lab_arg("base"));
     // Any other adapter of the family is one for this purpose.
     let safety = lab_arg("targets/sentiment-0");
     let inputs = ["--aligned", &aligned, "--base", &base, "--safety-adapter", &safety, "--tau", "1"];
@@ -243,7 +226,7 @@ fn safemerge_of_two_adapters() {
 #[test]
 fn lox_extrapolates_before_training() {
     let bench = Bench::new();
-    let (aligned, base, out) = (lab_arg("aligned"), base(&bench), bench.arg("out"));
+    let (aligned, base, out) = (lab_arg("aligned"), lab_arg("base"), bench.arg("out"));
     let done = report(&safegene(&call("lox", &aligned, &out, &["--base", &base])).ok().stdout);
     assert_eq!(done["tensors"]["changed"], MODULES);
     assert!(done["modules"].as_array().unwrap().iter().all(|m| m["rank"] == 6));
