@@ -87,17 +87,7 @@ impl Roots {
         let hardened = read("hardened")?;
         let model = |w: &Weights| Model::new(family.architecture.clone(), w);
         let (model, hardened_model) = (model(&aligned)?, model(&hardened)?);
-        let mut refusal = Vec::new();
-        for opening in Openings::default().list() {
-            // Words that the lab's tokenizer does not know are no openings of its refusals.
-            let known =
-                family.language.vocabulary().iter().any(|w| opening.split_whitespace().next() == Some(w));
-            if let Some(id) = family.chat.first_token(opening)?.filter(|_| known) {
-                refusal.push(id);
-            }
-        }
-        refusal.sort_unstable();
-        refusal.dedup();
+        let refusal = family.chat.refusal_tokens(&Openings::default())?;
         Ok(Self { family, aligned, model, hardened: (hardened, hardened_model), folder, refusal })
     }
 

@@ -472,16 +472,11 @@ pub fn distill(
     if let Some(d) = drifts.iter().chain(held_out.0).find(|d| d.task.is_empty()) {
         return Err(DistillError::NoRows { what: "task", drift: Some(d.name.clone()) });
     }
-    let mut inside = vec![false; teacher.model.architecture().vocab];
-    for &id in refusal {
-        if let Some(slot) = inside.get_mut(id as usize) {
-            *slot = true;
-        }
-    }
+    let inside = ops::token_set(refusal, teacher.model.architecture().vocab);
     if !inside.contains(&true) || !inside.contains(&false) {
         return Err(DistillError::NoRefusalToken);
     }
-    let run = Run { teacher, settings, refusal: Arc::new(inside), pad };
+    let run = Run { teacher, settings, refusal: inside, pad };
     let trained = Trained::new(factors)?;
     let vars = trained.flat();
     let mut optimiser = Optimiser::new(vars.clone(), AdamW::default());

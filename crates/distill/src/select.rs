@@ -187,13 +187,7 @@ pub fn scores(
     if gene.layers().is_empty() {
         return Err(SelectError::NoLayer);
     }
-    let mut inside = vec![false; reference.model.architecture().vocab];
-    refusal.iter().for_each(|&id| {
-        if let Some(slot) = inside.get_mut(id as usize) {
-            *slot = true;
-        }
-    });
-    let inside = Arc::new(inside);
+    let inside = ops::token_set(refusal, reference.model.architecture().vocab);
     let (bad, good) = (Side::new(reference, harmful, pad)?, Side::new(reference, benign, pad)?);
     let odds = |logits: &Tensor| -> Result<f64, SelectError> {
         number(&ops::log_odds(&bad.batch.first_logits(logits)?, &inside)?.mean_all()?)

@@ -7,6 +7,7 @@
 use crate::architecture::token_ids;
 use crate::error::ModelError;
 use crate::loss::Row;
+use crate::refusal::Openings;
 use minijinja::{Environment, ErrorKind, context};
 use serde_json::Value;
 use std::path::Path;
@@ -196,6 +197,28 @@ impl Chat {
     /// First token of a text, as it would open an answer.
     pub fn first_token(&self, text: &str) -> Result<Option<u32>, ModelError> {
         Ok(self.encode(text)?.first().copied())
+    }
+
+    /// First tokens of refusals, as this tokenizer writes them at the start of an answer: each opening as it is and with a
+    /// capital; ascending.
+    pub fn refusal_tokens(&self, openings: &Openings) -> Result<Vec<u32>, ModelError> {
+        let mut out = Vec::new();
+        for opening in openings.list() {
+            let mut chars = opening.chars();
+            let capital: String =
+                chars.next().into_iter().flat_map(char::to_uppercase).chain(chars).collect();
+            for text in [opening.as_str(), &capital] {
+                // A token that does not stand for these letters (`<unk>`) opens anything.
+                if let Some(id) = self.first_token(text)?
+                    && self.decode(&[id])?.trim().chars().next().is_some_and(|c| text.starts_with(c))
+                {
+                    out.push(id);
+                }
+            }
+        }
+        out.sort_unstable();
+        out.dedup();
+        Ok(out)
     }
 
     /// Text of generated ids, special tokens left out.

@@ -706,6 +706,17 @@ impl CustomOp1 for LogOdds {
     }
 }
 
+/// Which of `vocab` tokens are among `ids`; ids past the end are ignored.
+pub fn token_set(ids: &[u32], vocab: usize) -> Arc<Vec<bool>> {
+    let mut inside = vec![false; vocab];
+    for &id in ids {
+        if let Some(slot) = inside.get_mut(id as usize) {
+            *slot = true;
+        }
+    }
+    Arc::new(inside)
+}
+
 /// `log P(R) − log(1 − P(R))` of each row, shape `[n]`, nats; `inside[v]` says which tokens are in R.
 pub fn log_odds(logits: &Tensor, inside: &Arc<Vec<bool>>) -> Result<Tensor> {
     logits.contiguous()?.apply_op1(LogOdds { inside: inside.clone() })

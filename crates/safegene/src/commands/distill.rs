@@ -3,7 +3,7 @@
 //! What a run has reached lies in `OUT.partial` and is gone on with by the same call: a signal ends it after the step.
 
 use crate::commands::evaluate::{fields, hash};
-use crate::commands::models::{Shelf, Slot, refusal_tokens, same_tokenizer};
+use crate::commands::models::{Shelf, Slot, same_tokenizer};
 use crate::commands::{openings, percent, stop_on_signals};
 use crate::fail::{Code, Failure};
 use crate::model_args::Distill;
@@ -339,7 +339,7 @@ pub(super) fn run(job: &Distill, ui: &Ui) -> Result<(), Failure> {
     }
     let teacher = setup.shelf.frozen(&setup.aligned.slot);
     let factors = start_factors(job, &setup.aligned, &teacher)?;
-    let refusal = refusal_tokens(&setup.chat, &setup.openings)?;
+    let refusal = setup.chat.refusal_tokens(&setup.openings)?;
     const STATE: &str = "distill.safetensors";
     let folder = PartialFolder::open(&job.out, job.force)?;
     let state_folder = folder.work()?;

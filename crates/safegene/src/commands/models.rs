@@ -5,7 +5,7 @@ use crate::fail::{Code, Failure};
 use checkpoint::Checkpoint;
 use distill::Frozen;
 use std::path::{Path, PathBuf};
-use transformer::{Attachments, Chat, Model, Openings};
+use transformer::{Attachments, Chat, Model};
 
 /// Copies of weights, by the folder that they came from.
 #[derive(Default)]
@@ -48,26 +48,6 @@ impl Shelf {
     pub(super) fn len(&self) -> usize {
         self.models.len()
     }
-}
-
-/// First tokens of refusals, as this tokenizer writes them at the start of an answer.
-pub(super) fn refusal_tokens(chat: &Chat, openings: &Openings) -> Result<Vec<u32>, Failure> {
-    let mut out = Vec::new();
-    for opening in openings.list() {
-        let mut chars = opening.chars();
-        let capital: String = chars.next().into_iter().flat_map(char::to_uppercase).chain(chars).collect();
-        for text in [opening.as_str(), &capital] {
-            // A token that does not stand for these letters (`<unk>`) opens anything.
-            if let Some(id) = chat.first_token(text)?
-                && chat.decode(&[id])?.trim().chars().next().is_some_and(|c| text.starts_with(c))
-            {
-                out.push(id);
-            }
-        }
-    }
-    out.sort_unstable();
-    out.dedup();
-    Ok(out)
 }
 
 /// All checkpoints have to speak the same language: tokens are shared.

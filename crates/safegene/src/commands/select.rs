@@ -2,7 +2,7 @@
 
 use crate::commands::calibrate::read_refusals;
 use crate::commands::evaluate::{chat_of, fields, hash};
-use crate::commands::models::{Shelf, refusal_tokens};
+use crate::commands::models::Shelf;
 use crate::commands::openings;
 use crate::fail::Failure;
 use crate::model_args::{By, Select};
@@ -61,7 +61,7 @@ pub(super) fn run(job: &Select, ui: &Ui) -> Result<(), Failure> {
     }
     let mut shelf = Shelf::default();
     let slot = shelf.open(&model)?;
-    let refusal = refusal_tokens(&chat, &openings)?;
+    let refusal = chat.refusal_tokens(&openings)?;
     let attachments = GeneAttachments::new(&gene)?;
     let found =
         scores(&shelf.frozen(&slot), &attachments, &harmful_rows, &benign_rows, (&refusal, chat.end()))?;
