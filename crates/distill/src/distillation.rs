@@ -29,7 +29,9 @@ use std::sync::Arc;
 use transformer::loss::log_probabilities;
 use transformer::optimise::{AdamW, Moments, Optimiser};
 use transformer::recompute::gradients;
-use transformer::{AnswerBatch, Attachment, Attachments, Model, ModelError, ModuleKind, Row, Taps, ops};
+use transformer::{AnswerBatch, Attachment, Attachments, Model, ModelError, Row, Taps, ops};
+
+pub use transformer::ModuleFactors;
 
 /// Why nothing was distilled.
 #[derive(Debug, thiserror::Error)]
@@ -218,21 +220,6 @@ impl Parts {
             hidden: sum(|p| p.hidden),
         }
     }
-}
-
-/// Factors of one module.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct ModuleFactors {
-    /// Layer.
-    pub layer: usize,
-    /// Module.
-    pub kind: ModuleKind,
-    /// Inner side.
-    pub rank: usize,
-    /// `[out, rank]`, row-major.
-    pub b: Vec<f32>,
-    /// `[rank, in]`, row-major.
-    pub a: Vec<f32>,
 }
 
 /// What a run is after some steps; enough to go on.

@@ -5,38 +5,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 use transformer::{Attachment, Attachments, Model, ModuleKind};
 
-/// A low-rank change `B A` of one module; every scale is in `B`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ModuleFactors {
-    /// Decoder block.
-    pub layer: usize,
-    /// Module in it.
-    pub kind: ModuleKind,
-    /// Columns of `b`, rows of `a`.
-    pub rank: usize,
-    /// `[out, rank]`, row-major.
-    pub b: Vec<f32>,
-    /// `[rank, in]`, row-major.
-    pub a: Vec<f32>,
-}
-
-impl ModuleFactors {
-    /// All of `list` as attachments at scale 1.
-    pub fn attachments(list: &[Self]) -> Result<Attachments, RunError> {
-        let mut out = Attachments::none();
-        for f in list {
-            out.add_fixed(f.layer, f.kind, (&f.b, &f.a), f.rank, 1.0)?;
-        }
-        Ok(out)
-    }
-}
-
-impl From<ModuleFactors> for checkpoint::Factors {
-    fn from(f: ModuleFactors) -> Self {
-        let (rows, cols) = (f.b.len() / f.rank.max(1), f.a.len() / f.rank.max(1));
-        Self { b: f.b, a: f.a, rows, cols, rank: f.rank, scale: 1.0 }
-    }
-}
+pub use transformer::ModuleFactors;
 
 /// How long and how fast.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

@@ -59,6 +59,39 @@ impl ModuleKind {
     }
 }
 
+/// A low-rank change `B A` of one module, as plain values; every scale is in `B`.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct ModuleFactors {
+    /// Decoder block.
+    pub layer: usize,
+    /// Module in it.
+    pub kind: ModuleKind,
+    /// Inner side.
+    pub rank: usize,
+    /// `[out, rank]`, row-major.
+    pub b: Vec<f32>,
+    /// `[rank, in]`, row-major.
+    pub a: Vec<f32>,
+}
+
+impl ModuleFactors {
+    /// All of `list` as attachments at scale 1.
+    pub fn attachments(list: &[Self]) -> Result<Attachments, ModelError> {
+        let mut out = Attachments::none();
+        for f in list {
+            out.add_fixed(f.layer, f.kind, (&f.b, &f.a), f.rank, 1.0)?;
+        }
+        Ok(out)
+    }
+}
+
+impl From<ModuleFactors> for checkpoint::Factors {
+    fn from(f: ModuleFactors) -> Self {
+        let (rows, cols) = (f.b.len() / f.rank.max(1), f.a.len() / f.rank.max(1));
+        Self { b: f.b, a: f.a, rows, cols, rank: f.rank, scale: 1.0 }
+    }
+}
+
 /// One addition `s · B A` to one module.
 #[derive(Debug, Clone)]
 pub struct Attachment {

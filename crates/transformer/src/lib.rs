@@ -23,7 +23,7 @@ pub mod recompute;
 pub mod refusal;
 
 pub use architecture::{Architecture, LinearShape};
-pub use attach::{Attachment, Attachments, ModuleKind, VectorKind};
+pub use attach::{Attachment, Attachments, ModuleFactors, ModuleKind, VectorKind};
 pub use chat::Chat;
 pub use error::ModelError;
 pub use generate::generate;
