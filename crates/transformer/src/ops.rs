@@ -16,6 +16,7 @@
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail,
 };
+use gemm::{Parallelism, gemm};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -38,8 +39,56 @@ fn own(data: Vec<f32>, shape: impl Into<Shape>) -> (CpuStorage, Shape) {
 /// Rows per unit of parallel work: small enough to spread, large enough to be worth a task.
 const ROWS: usize = 64;
 
+/// `x Wᵀ`, or `x W` on the way back, by a weight that gets no gradient.
 struct FrozenLinear {
     w: Tensor,
+    back: bool,
+}
+
+impl FrozenLinear {
+    /// Of `x` with `n` rows; no copy of either operand, as candle's own product of strided views would make.
+    fn product(&self, x: &[f32], n: usize) -> Result<(CpuStorage, Shape)> {
+        let (out, into) = self.w.dims2()?;
+        let (depth, width) = if self.back { (out, into) } else { (into, out) };
+        let (storage, layout) = self.w.storage_and_layout();
+        let Storage::Cpu(storage) = &*storage else { bail!("frozen-linear runs on the CPU") };
+        let w = view(storage, layout)?;
+        if x.len() != n * depth || w.len() != depth * width {
+            bail!("frozen-linear: {n} rows of {} do not fit a weight [{out}, {into}]", x.len() / n.max(1));
+        }
+        let (row, col) = if self.back { (into, 1) } else { (1, into) };
+        let threads = rayon::current_num_threads();
+        let parallelism = if threads > 1 { Parallelism::Rayon(threads) } else { Parallelism::None };
+        let mut y = Vec::<f32>::with_capacity(n * width);
+        // SAFETY: x is n x depth and w is depth x width by the check above, `row` and `col` being the strides of the
+        // latter, so that all reads lie inside the slices; y has room for n * width elements, borrowed by nobody else,
+        // and all of them are written (read_dst is false, so none is read first) before the length says so.
+        unsafe {
+            gemm(
+                n,
+                width,
+                depth,
+                y.as_mut_ptr(),
+                1,
+                width as isize,
+                false,
+                x.as_ptr(),
+                1,
+                depth as isize,
+                w.as_ptr(),
+                col as isize,
+                row as isize,
+                0f32,
+                1f32,
+                false,
+                false,
+                false,
+                parallelism,
+            );
+            y.set_len(n * width);
+        }
+        Ok(own(y, (n, width)))
+    }
 }
 
 impl CustomOp1 for FrozenLinear {
@@ -47,28 +96,18 @@ impl CustomOp1 for FrozenLinear {
         "frozen-linear"
     }
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (n, _) = l.shape().dims2()?;
-        let x = Tensor::from_slice(view(s, l)?, l.shape(), self.w.device())?;
-        let y = x.matmul(&self.w.t()?)?;
-        drop(x);
-        let (storage, _) = y.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(CpuStorage::F32(data)) => Ok(own(data.clone(), (n, self.w.dim(0)?))),
-            _ => bail!("frozen-linear runs on the CPU in f32"),
-        }
+        self.product(view(s, l)?, l.shape().dims2()?.0)
     }
     fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(grad.contiguous()?.matmul(&self.w)?))
+        let op = Self { w: self.w.clone(), back: !self.back };
+        Ok(Some(grad.contiguous()?.apply_op1_no_bwd(&op)?))
     }
 }
 
 /// `x Wᵀ` with no gradient for `W`.
 pub fn frozen_linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    if x.track_op() {
-        x.contiguous()?.apply_op1(FrozenLinear { w: w.detach() })
-    } else {
-        x.matmul(&w.detach().t()?)
-    }
+    let op = FrozenLinear { w: w.detach().contiguous()?, back: false };
+    if x.track_op() { x.contiguous()?.apply_op1(op) } else { x.contiguous()?.apply_op1_no_bwd(&op) }
 }
 
 struct RmsNorm {
