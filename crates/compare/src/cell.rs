@@ -11,7 +11,7 @@ use lab::{Kind, Tune};
 use report::{Record, SCHEMA, Set, Target};
 use std::collections::BTreeSet;
 use std::path::Path;
-use transformer::{Attachments, Model, Openings};
+use transformer::{Attachments, Openings};
 
 /// Rows on which divergence is measured, of each kind.
 const KL_ROWS: usize = 192;
@@ -68,7 +68,7 @@ pub fn run(
         return Ok(Some(format!("{layout}, seed {seed}: target left out: {e}")));
     }
     let folder = roots.seed_folder(seed).join(plan.tune.folder());
-    let patient = Patient { tune: plan.tune, held: Held::open(&folder, &roots.model)?, folder };
+    let patient = Patient { tune: plan.tune, held: Held::open(&folder, &roots.model)?.merged()?, folder };
     let frozen = patient.held.frozen();
     let pad = roots.family.chat.end();
     let task = format!("test-{}", target.task);
@@ -83,16 +83,16 @@ pub fn run(
         go_on()?;
         let Some(applied) = apply(ground, &patient, entry, recipe, scratch)? else { continue };
         let none = Attachments::none();
-        let (model, at): (&Model, Attachments) = match &applied.made {
-            Made::Added(more) => (frozen.model, frozen.with(more)),
-            Made::Own(model) => (model, none),
+        let model = match applied.made {
+            Made::Added(more) => Box::new(frozen.model.merged(&frozen.with(&more))?),
+            Made::Own(model) => model,
         };
         let run = |sets: Sets<'_>| -> Result<Evaluation, CompareError> {
             let (chat, openings) = (&roots.family.chat, Openings::default());
-            Ok(evaluate::evaluate(model, &at, chat, sets, &openings, Matching::Exact, NEW_TOKENS)?)
+            Ok(evaluate::evaluate(&model, &none, chat, sets, &openings, Matching::Exact, NEW_TOKENS)?)
         };
         let accuracy = run(Sets { task: &questions, ..Sets::default() })?.accuracy;
-        let (kl_task, kl_benign) = (kl_task.of(model, &at)?, kl_benign.of(model, &at)?);
+        let (kl_task, kl_benign) = (kl_task.of(&model, &none)?, kl_benign.of(&model, &none)?);
         let retrained = applied.seconds.is_none() && entry.method != crate::plan::Way::FineTuned;
         let mut records = Vec::new();
         for (set, harmful, benign) in &sets {

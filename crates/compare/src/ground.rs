@@ -241,6 +241,14 @@ impl Held<'_> {
         }
     }
 
+    /// With its adapter added to the weights: for a target that many methods are tried on.
+    pub fn merged(self) -> Result<Self, CompareError> {
+        match self {
+            Self::Shared(frozen) => Ok(Self::Own(Box::new(frozen.model.merged(&frozen.own)?))),
+            own => Ok(own),
+        }
+    }
+
     /// Opens a folder; adapters go over `shared` where they are low-rank sums.
     pub fn open<'a>(folder: &Path, shared: &'a Model) -> Result<Held<'a>, CompareError> {
         let checkpoint = Checkpoint::open(folder, None)?;

@@ -197,6 +197,28 @@ impl Model {
         })
     }
 
+    /// The same model, frozen, with the attachments added to its weights in f32: one product a module instead of three.
+    /// Every weight that something hangs on is a copy; all others are shared.
+    pub fn merged(&self, attachments: &Attachments) -> Result<Self, ModelError> {
+        attachments.check(&self.architecture)?;
+        let mut out = Self { norm: self.norm.detach(), variables: None, ..self.clone() };
+        for (layer, block) in out.blocks.iter_mut().enumerate() {
+            for kind in ModuleKind::ALL {
+                let Some(linear) = &mut block.linears[kind as usize] else { continue };
+                for at in attachments.get(layer, kind) {
+                    linear.w = (&linear.w + at.b.broadcast_mul(&at.scale)?.matmul(&at.a)?)?.detach();
+                }
+                if let Some(bias) = &mut linear.bias {
+                    *bias = attachments.vector(layer, VectorKind::Bias(kind), bias)?.detach();
+                }
+            }
+            for (kind, weight) in &mut block.norms {
+                *weight = attachments.vector(layer, *kind, weight)?.detach();
+            }
+        }
+        Ok(out)
+    }
+
     /// The decoder's sizes.
     pub fn architecture(&self) -> &Architecture {
         &self.architecture
