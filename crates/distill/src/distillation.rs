@@ -10,8 +10,10 @@
 //! ```
 //!
 //! That factors are refined by an aligned-degraded distillation loss is reported of SafeGene (arXiv 2606.06519); this loss
-//! and that the degraded models be drifts are our own. Refusal log-odds are `log P(R) − log(1 − P(R))`, R the first
-//! tokens of refusals. Teacher and drifts are frozen; one drift a step; AdamW on f32 factors, clipped, linear decay;
+//! and that the degraded models be drifts are our own. So is that the aligned model takes its turn among them
+//! (`d_k = θ_a`, keep rows of a drift's task each time another): factors that were only ever trained where safety is gone
+//! push a target that still refuses into refusing everything. Refusal log-odds are `log P(R) − log(1 − P(R))`, R the first
+//! tokens of refusals. Teacher and drifts are frozen; one model a step; AdamW on f32 factors, clipped, linear decay;
 //! activations by block ([`transformer::recompute`]).
 //!
 //! A step depends on the seed and its own number only, so a run that was interrupted goes on to the same factors.
@@ -116,7 +118,7 @@ pub struct CommonRows<'a> {
 /// Weights of the loss and the schedule.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
-    /// Steps; each sees one drift.
+    /// Steps; each sees one drift, or the aligned model.
     pub steps: usize,
     /// Safety rows in a step, and as many rows to keep.
     pub rows: usize,
@@ -134,6 +136,9 @@ pub struct Settings {
     pub hidden: f64,
     /// λ_wd.
     pub decay: f64,
+    /// Turns of the aligned model itself in each round of the drifts; 0 for none. Without one, the gene makes a target
+    /// that is safe already refuse everything.
+    pub aligned_turns: usize,
     /// Share of the rows to keep that are the drift's own; the others are benign.
     pub own_share: f64,
     /// Seed of the choice of rows and of fresh factors.
@@ -152,6 +157,7 @@ impl Default for Settings {
             margin: 6.0,
             hidden: 0.0,
             decay: 0.0,
+            aligned_turns: 1,
             own_share: 0.6,
             seed: 0,
         }
@@ -349,7 +355,7 @@ impl Run<'_> {
     /// Parts on safety rows, with gradients if `vars` are given.
     fn safety(
         &self,
-        drift: &Drift<'_>,
+        frozen: &Frozen<'_>,
         rows: &[Row],
         student: &Attachments,
         vars: &[Var],
@@ -371,7 +377,7 @@ impl Run<'_> {
             Ok((kl + (lack * s.margin_weight)?)?)
         };
         if vars.is_empty() {
-            loss(&batch.logits(drift.frozen.model, student)?)?;
+            loss(&batch.logits(frozen.model, student)?)?;
             return Ok((parts.get(), Vec::new()));
         }
         let outputs =
@@ -386,21 +392,21 @@ impl Run<'_> {
         };
         let hidden: Option<transformer::recompute::HiddenLoss<'_>> =
             if s.hidden > 0.0 { Some(&distance) } else { None };
-        let (_, grads) = gradients(drift.frozen.model, &batch, student, vars, &loss, hidden)?;
+        let (_, grads) = gradients(frozen.model, &batch, student, vars, &loss, hidden)?;
         Ok((parts.get(), grads))
     }
 
     /// Divergence from the drift itself on the rows to keep, with gradients if `vars` are given.
     fn keep(
         &self,
-        drift: &Drift<'_>,
+        frozen: &Frozen<'_>,
         rows: &[Row],
         student: &Attachments,
         vars: &[Var],
     ) -> Result<(f64, Vec<Vec<f32>>), DistillError> {
-        let model = drift.frozen.model;
+        let model = frozen.model;
         let batch = AnswerBatch::new(rows, self.pad);
-        let itself = batch.reference(model, &drift.frozen.own)?;
+        let itself = batch.reference(model, &frozen.own)?;
         if vars.is_empty() {
             let kl = batch.kl(model, student, &itself)?;
             return Ok((f64::from(kl.to_vec1::<f32>()?[0]), Vec::new()));
@@ -420,9 +426,9 @@ impl Run<'_> {
         let mut all = Vec::new();
         for drift in drifts {
             let student = drift.frozen.with(&gene);
-            let (mut parts, _) = self.safety(drift, rows.safety, &student, &[])?;
+            let (mut parts, _) = self.safety(&drift.frozen, rows.safety, &student, &[])?;
             let kept: Vec<Row> = drift.task.iter().chain(rows.benign).cloned().collect();
-            parts.keep = self.keep(drift, &kept, &student, &[])?.0;
+            parts.keep = self.keep(&drift.frozen, &kept, &student, &[])?.0;
             all.push(parts);
         }
         Ok(Parts::mean(&all))
@@ -478,22 +484,28 @@ pub fn distill(
         }
         None => (0, run.held_out(held_out.0, held_out.1, &trained.attachments)?),
     };
+    let turns = drifts.len() + settings.aligned_turns;
     for step in first..settings.steps {
         let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
         rng.set_stream(step as u64 + 1);
-        let drift = &drifts[step % drifts.len()];
+        let (round, turn) = (step / turns, step % turns);
+        // In the turns behind those of the drifts the aligned model is the student, on rows of a drift each time another.
+        let (name, frozen, task) = match drifts.get(turn) {
+            Some(drift) => (drift.name.as_str(), &drift.frozen, &drift.task),
+            None => ("aligned", teacher, &drifts[round % drifts.len()].task),
+        };
         let pick = |list: &[Row], rng: &mut ChaCha8Rng| list[rng.random_range(0..list.len())].clone();
         let safety: Vec<Row> = (0..settings.rows).map(|_| pick(rows.safety, &mut rng)).collect();
         let keep: Vec<Row> = (0..settings.rows)
             .map(|_| {
                 let own = rng.random::<f64>() < settings.own_share;
-                pick(if own { &drift.task } else { rows.benign }, &mut rng)
+                pick(if own { task } else { rows.benign }, &mut rng)
             })
             .collect();
-        let student = drift.frozen.with(&trained.attachments);
+        let student = frozen.with(&trained.attachments);
         let (a, b) = rayon::join(
-            || run.safety(drift, &safety, &student, &vars),
-            || run.keep(drift, &keep, &student, &vars),
+            || run.safety(frozen, &safety, &student, &vars),
+            || run.keep(frozen, &keep, &student, &vars),
         );
         let ((mut parts, mut grads), (kept, other)) = (a?, b?);
         parts.keep = kept;
@@ -506,10 +518,10 @@ pub fn distill(
             trained.decay(settings.decay, &mut grads)?;
         }
         if !parts.loss(settings).is_finite() || !grads.iter().flatten().all(|g| g.is_finite()) {
-            return Err(DistillError::NotFinite { step: step + 1, drift: drift.name.clone() });
+            return Err(DistillError::NotFinite { step: step + 1, drift: name.into() });
         }
         optimiser.step(grads, settings.rate * (1.0 - step as f64 / settings.steps as f64))?;
-        watch.step(step + 1, settings.steps, &drift.name, &parts);
+        watch.step(step + 1, settings.steps, name, &parts);
         let now = || Ok(State { step: step + 1, moments: optimiser.moments()?, start });
         if watch.state(step + 1, &now)? {
             return Err(DistillError::Stopped(step + 1));

@@ -66,6 +66,10 @@ pub(crate) struct Distill {
     /// Weight of the factors' squared norm.
     #[arg(long, default_value_t = 0.0, value_name = "W")]
     pub(crate) decay: f64,
+    /// Turns of the aligned model itself in each round of the drifts: it has to stay as it is under the gene. With 0 a
+    /// target that is safe already refuses nearly everything.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub(crate) aligned_turns: usize,
     /// Attack success that a drift must have, a share: what still refuses teaches nothing.
     #[arg(long, default_value_t = 0.9, value_name = "X")]
     pub(crate) min_asr: f64,

@@ -288,6 +288,7 @@ pub(super) fn run(job: &Distill, ui: &Ui) -> Result<(), Failure> {
         margin: job.margin,
         hidden: job.hidden_weight,
         decay: job.decay,
+        aligned_turns: job.aligned_turns,
         seed: job.seed,
         ..Settings::default()
     };
