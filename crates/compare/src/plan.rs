@@ -63,7 +63,7 @@ impl Recipe {
     pub fn new(quick: bool) -> Self {
         let steps = if quick { 60 } else { 200 };
         Self {
-            version: 1,
+            version: 2,
             rank: 8,
             max_kl: 0.002,
             delta: 0.001,
