@@ -978,4 +978,33 @@ mod tests {
         assert!(grads.get(&w).is_none());
         check(&[&[2, 3]], |t| frozen_linear(&t[0], w.as_tensor()));
     }
+
+    #[test]
+    fn frozen_linear_is_the_product_in_f64_whatever_the_layout_and_the_threads() {
+        let dev = &Device::Cpu;
+        for (n, into, out) in [(1, 1, 1), (5, 7, 3), (130, 33, 70)] {
+            let (x, w) = (noise(n * into, 3), noise(out * into, 4));
+            let xt = Tensor::from_vec(x.clone(), (n, into), dev).unwrap();
+            let wt = Tensor::from_vec(w.clone(), (out, into), dev).unwrap();
+            // The same weight as a transposed view.
+            let turned = wt.t().unwrap().contiguous().unwrap().t().unwrap();
+            let run = |threads, w: &Tensor| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| values(&frozen_linear(&xt, w).unwrap()).unwrap())
+            };
+            let got = run(1, &wt);
+            assert_eq!(got, run(3, &wt));
+            assert_eq!(got, run(1, &turned));
+            for i in 0..n {
+                for j in 0..out {
+                    let dot: f64 =
+                        (0..into).map(|k| f64::from(x[i * into + k]) * f64::from(w[j * into + k])).sum();
+                    assert!((f64::from(got[i * out + j]) - dot).abs() < 1e-5, "{n}x{into}x{out} at {i}, {j}");
+                }
+            }
+        }
+        let (x, w) = (noise(6, 1), noise(8, 2));
+        let (x, w) = (Tensor::from_vec(x, (2, 3), dev).unwrap(), Tensor::from_vec(w, (2, 4), dev).unwrap());
+        assert!(frozen_linear(&x, &w).is_err(), "a weight of another width is refused");
+    }
 }

@@ -6,7 +6,7 @@ use distill::distillation::{
     CommonRows, DistillError, Distilled, Drift, ModuleFactors, Parts, Settings, State, Unwatched, Watch,
     distill, fresh_factors,
 };
-use transformer::{Attachments, Model, ModuleKind, Row};
+use transformer::{AnswerBatch, Attachments, Model, ModuleKind, Row};
 
 const REFUSAL: [u32; 2] = [3, 4];
 
@@ -113,6 +113,39 @@ fn weight_of_what_is_kept_keeps_more() {
     let (free, bound) = (run(0.0), run(10.0));
     assert!(bound.keep < free.keep, "{free:?} {bound:?}");
     assert!(bound.safety > free.safety, "{free:?} {bound:?}");
+}
+
+/// Which models took a turn.
+#[derive(Default)]
+struct Turns(Vec<String>);
+
+impl Watch for Turns {
+    fn step(&mut self, _: usize, _: usize, name: &str, _: &Parts) {
+        self.0.push(name.into());
+    }
+    fn state(&mut self, _: usize, _: &dyn Fn() -> Result<State, DistillError>) -> Result<bool, DistillError> {
+        Ok(false)
+    }
+}
+
+#[test]
+fn aligned_model_takes_its_turn_and_stays_as_it_is() {
+    let world = World::new();
+    let moved = |aligned_turns| {
+        let mut turns = Turns::default();
+        let done = world.run(&Settings { aligned_turns, ..settings() }, None, &mut turns).unwrap();
+        let names: Vec<&str> = turns.0[..6].iter().map(String::as_str).collect();
+        let third = if aligned_turns == 0 { "drift 0" } else { "aligned" };
+        assert_eq!(names[..4], ["drift 0", "drift 1", "drift 2", third]);
+        let batch = AnswerBatch::new(&world.benign, 0);
+        let itself = batch.reference(&world.model, &Attachments::none()).unwrap();
+        let gene = ModuleFactors::attachments(&done.factors).unwrap();
+        let kl = batch.kl(&world.model, &gene, &itself).unwrap().to_vec1::<f32>().unwrap()[0];
+        (kl, done.end.loss(&settings()))
+    };
+    let ((without, _), (with, loss)) = (moved(0), moved(1));
+    assert!(with < 0.8 * without, "KL of the aligned model: {with} with its turn, {without} without");
+    assert!(loss.is_finite());
 }
 
 #[test]

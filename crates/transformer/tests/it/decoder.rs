@@ -191,13 +191,19 @@ fn attachment_equals_the_weight(model_type: &str) {
     let left = Model::new(a.clone(), &plain).unwrap();
     let right = Model::new(a.clone(), &Small(merged, a)).unwrap();
     let batch = AnswerBatch::new(&rows(), 0);
-    let (x, y) = (
-        flat(&batch.logits(&left, &attachments).unwrap()),
-        flat(&batch.logits(&right, &Attachments::none()).unwrap()),
-    );
-    for (i, (x, y)) in x.iter().zip(&y).enumerate() {
-        // Two orders of the same f32 sums of about 24 terms.
-        assert!((x - y).abs() < 1e-4 * (1.0 + y.abs()), "{model_type}: logit {i}: {x} against {y}");
+    let none = Attachments::none();
+    let want = flat(&batch.logits(&right, &none).unwrap());
+    let merged = left.merged(&attachments).unwrap();
+    for (how, got) in
+        [("attached", batch.logits(&left, &attachments)), ("merged", batch.logits(&merged, &none))]
+    {
+        for (i, (x, y)) in flat(&got.unwrap()).iter().zip(&want).enumerate() {
+            // Two orders of the same f32 sums of about 24 terms.
+            assert!(
+                (x - y).abs() < 1e-4 * (1.0 + y.abs()),
+                "{model_type}, {how}: logit {i}: {x} against {y}"
+            );
+        }
     }
 }
 
