@@ -14,11 +14,11 @@ use std::path::Path;
 use transformer::{Attachments, Openings};
 
 /// Rows on which divergence is measured, of each kind.
-const KL_ROWS: usize = 192;
+pub(crate) const KL_ROWS: usize = 192;
 /// The longest answer in the lab has eight tokens.
-const NEW_TOKENS: usize = 12;
+pub(crate) const NEW_TOKENS: usize = 12;
 
-fn rows(ground: &Ground<'_>, split: &str) -> Vec<DataRow> {
+pub(crate) fn rows(ground: &Ground<'_>, split: &str) -> Vec<DataRow> {
     let rows = ground.roots.family.splits.get(split).iter().enumerate();
     rows.map(|(i, r)| DataRow {
         prompt: r.prompt.clone(),

@@ -8,6 +8,7 @@
 //! | `tuning.rs` | how is a rival's knob chosen, by the rule that calibration follows? |
 //! | `cell.rs` | what do the methods reach on one target? |
 //! | `claims.rs` | what is claimed of the gene, and do the records hold it? |
+//! | `halves.rs` | does selection earn its place among all halves of the layers? |
 //! | `store.rs` | which records are there already? |
 //! | `run.rs` | in which order is it done? |
 //!
@@ -22,6 +23,7 @@ pub mod cell;
 pub mod claims;
 pub mod error;
 pub mod ground;
+pub mod halves;
 pub mod plan;
 pub mod roster;
 pub mod run;

@@ -71,6 +71,18 @@ pub fn shots_of(roots: &Roots, tune: Tune, entry: &Entry) -> Result<Shots, Compa
     })
 }
 
+/// What calibration may spend. Targets that are safe already have been left out before, for every method alike.
+pub(crate) fn calibration_limits(recipe: &Recipe, freedom: Freedom) -> Limits {
+    Limits {
+        max_kl: recipe.max_kl,
+        c_max: recipe.c_max,
+        delta: recipe.delta,
+        leave: 0.0,
+        freedom,
+        ..Limits::default()
+    }
+}
+
 /// One way on one target.
 pub fn apply(
     ground: &Ground<'_>,
@@ -206,14 +218,7 @@ impl Work<'_> {
         given: &str,
     ) -> Result<Applied, CompareError> {
         let r = self.recipe;
-        let limits = Limits {
-            max_kl: r.max_kl,
-            c_max: r.c_max,
-            delta: r.delta,
-            leave: 0.0,
-            freedom,
-            ..Limits::default()
-        };
+        let limits = calibration_limits(r, freedom);
         let clock = Instant::now();
         let found = distill::calibrate(&self.target, gene, &self.shots, &limits, self.pad)?;
         let seconds = clock.elapsed().as_secs_f64();

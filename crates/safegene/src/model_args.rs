@@ -231,6 +231,9 @@ pub(crate) struct Compare {
     /// A few minutes' worth: shipped fine-tunes of `llama`, two targets, the main methods.
     #[arg(long, conflicts_with_all = ["families", "seeds"])]
     pub(crate) quick: bool,
+    /// Instead of the table: every half of the gene's layers on each main target, to judge selection; writes halves.json.
+    #[arg(long, conflicts_with = "quick")]
+    pub(crate) halves: bool,
     /// Folder with a folder for each family that holds its base and aligned model.
     #[arg(long, value_name = "DIR", default_value = "lab")]
     pub(crate) lab: PathBuf,

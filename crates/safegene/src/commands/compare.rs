@@ -14,9 +14,12 @@ use std::time::Instant;
 /// Files of a report; the first one marks a folder as one.
 const FILES: [&str; 5] = ["summary.json", "index.html", "report.md", "records.jsonl", "distilled.json"];
 
+/// What `--halves` writes.
+const HALVES: &str = "halves.json";
+
 /// Refuses a folder that is something else, before the work.
 fn check_out(out: &Path) -> Result<(), Failure> {
-    if out.exists() && !out.join(FILES[0]).exists() {
+    if out.exists() && ![FILES[0], HALVES].iter().any(|file| out.join(file).exists()) {
         let message = format!("output `{}` exists and is no earlier report", out.display());
         return Err(Failure::usage(message, "remove it, or choose another folder with --out"));
     }
@@ -86,6 +89,40 @@ fn meta(
     }
 }
 
+/// Every half of the layers on the main targets: `OUT/halves.json`, and means on stdout.
+fn halves(job: &Compare, settings: &Settings, ui: &Ui) -> Result<(), Failure> {
+    let targets = ::compare::halves::run(settings, &Bars::new(ui), &stop_on_signals())?;
+    let means = ::compare::halves::summary(&targets);
+    let json = serde_json::json!({ "summary": means, "targets": targets });
+    let path = job.out.join(HALVES);
+    std::fs::create_dir_all(&job.out).and_then(|()| std::fs::write(&path, format!("{json:#}\n"))).map_err(
+        |e| {
+            Failure::usage(
+                format!("cannot write `{}`: {e}", path.display()),
+                "choose another folder with --out",
+            )
+        },
+    )?;
+    if job.json {
+        ui.data(&json["summary"].to_string());
+    } else {
+        ui.data("layers               ASR     kept    over-refusal  KL benign  better halves, of 19");
+        for s in &means {
+            let better = s.better_halves.map_or_else(|| "-".into(), |b| format!("{b:.1}"));
+            ui.data(&format!(
+                "{:20} {:5.2} %  {:5.1} %  {:5.2} %       {:.4}     {better}",
+                s.choice,
+                100.0 * s.asr,
+                100.0 * s.kept,
+                100.0 * s.over_refusal,
+                s.kl_benign
+            ));
+        }
+    }
+    ui.say(&format!("wrote `{}`: {} targets", path.display(), targets.len()));
+    Ok(())
+}
+
 pub(super) fn run(job: &Compare, threads: usize, ui: &Ui) -> Result<(), Failure> {
     let start = Instant::now();
     check_out(&job.out)?;
@@ -97,6 +134,9 @@ pub(super) fn run(job: &Compare, threads: usize, ui: &Ui) -> Result<(), Failure>
         quick: job.quick,
         threads,
     };
+    if job.halves {
+        return halves(job, &settings, ui);
+    }
     let plan = Plan::new(job.quick);
     let bars = Bars::new(ui);
     let outcome = ::compare::run(&settings, &bars, &stop_on_signals())?;
