@@ -70,10 +70,16 @@ pub enum CompareError {
         /// Where they were looked for.
         folder: PathBuf,
     },
-    /// The work folder was made by other settings.
+    /// A folder was made by other settings.
     #[error("`{}` was made by other settings", folder.display())]
     OtherWork {
-        /// The work folder.
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// A folder is no report to go on from.
+    #[error("`{}` is no report of a comparison: it has no `recipe.json`", folder.display())]
+    NoReport {
+        /// The folder.
         folder: PathBuf,
     },
     /// A file of the work folder could not be used.
@@ -104,7 +110,10 @@ impl CompareError {
             Self::NoRoots { family, .. } => {
                 Some(format!("`safegene lab build --roots-only --family {family} --seed 1` makes them"))
             }
-            Self::OtherWork { .. } => Some("name another folder with --work, or remove this one".into()),
+            Self::OtherWork { .. } => {
+                Some("records of two recipes are never mixed: name another folder, or remove this one".into())
+            }
+            Self::NoReport { .. } => Some("--from takes the --out folder of an earlier comparison".into()),
             _ => None,
         }
     }

@@ -7,7 +7,7 @@
 
 use crate::cell::{NEW_TOKENS, rows};
 use crate::error::CompareError;
-use crate::ground::{Ground, Held, Roots, Training};
+use crate::ground::{Ground, Held, Roots};
 use crate::plan::{Entry, Plan, Recipe, Settings, Way};
 use crate::roster::{calibration_limits, shots_of};
 use crate::run::Progress;
@@ -100,15 +100,7 @@ pub fn run(
     for &seed in &settings.seeds {
         for layout in &settings.families {
             let roots = Roots::open(layout, &settings.lab, &settings.work)?;
-            let missing: Vec<Training> =
-                Training::all(&plan).into_iter().filter(|t| !t.done(&roots, seed)).collect();
-            progress.stage(&format!("training, {layout}, seed {seed}"), missing.len());
-            train::each::<CompareError>(missing.len(), settings.threads, &|i| {
-                halted()?;
-                let result = missing[i].run(&roots, seed, progress);
-                progress.part(&missing[i].folder());
-                result
-            })?;
+            crate::run::trained(&plan, &roots, seed, settings.threads, progress, &halted)?;
             let ground = Ground::open(&roots, seed, &plan.recipe, progress)?;
             let there: BTreeSet<String> = match done.lock() {
                 Ok(done) => {

@@ -24,6 +24,8 @@ pub struct Settings {
     pub lab: PathBuf,
     /// Folder for what is trained and recorded.
     pub work: PathBuf,
+    /// Reports of the same recipe that it goes on from.
+    pub from: Vec<PathBuf>,
     /// Layouts.
     pub families: Vec<String>,
     /// Seeds of the fine-tunes, of distillation and of whatever else is drawn.

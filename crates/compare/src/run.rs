@@ -1,10 +1,10 @@
-//! The order of the work: for each seed all trainings, then genes, then cells, several at a time.
+//! The order of the work: for each seed and family all trainings, then genes, then cells, several at a time.
 
 use crate::cell;
 use crate::error::CompareError;
 use crate::ground::{Ground, Roots, Training};
 use crate::plan::{Plan, Settings, check_splits};
-use crate::store::Store;
+use crate::store::{Complete, Store};
 use lab::{LabError, train};
 use report::{LayerScore, LayerScores, Record};
 use std::collections::BTreeMap;
@@ -32,10 +32,14 @@ pub struct Outcome {
     pub splits: BTreeMap<String, BTreeMap<String, String>>,
     /// What distillations reached.
     pub distilled: Vec<Distillation>,
+    /// All of this by family and seed, as a later comparison takes it over.
+    pub complete: Vec<Complete>,
+    /// What it was made by.
+    pub recipe: serde_json::Value,
 }
 
 /// What one distillation reached on held-out rows.
-#[derive(Debug, Clone, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Distillation {
     /// Family.
     pub family: String,
@@ -56,94 +60,116 @@ pub fn run(settings: &Settings, progress: &dyn Progress, stop: &AtomicBool) -> R
     let plan = Plan::new(settings.quick);
     let recipe = serde_json::to_value(&plan.recipe).unwrap_or_default();
     let store = Store::open(&settings.work, &recipe)?;
-    let roots: Vec<Roots> = settings
-        .families
-        .iter()
-        .map(|layout| Roots::open(layout, &settings.lab, &settings.work))
-        .collect::<Result<_, _>>()?;
-    let mut splits = BTreeMap::new();
-    for r in &roots {
-        splits.insert(r.family.layout.clone(), check_splits(&r.family.splits)?);
+    for report in &settings.from {
+        store.take(report)?;
     }
-    let mut outcome =
-        Outcome { records: Vec::new(), scores: Vec::new(), notes: Vec::new(), splits, distilled: Vec::new() };
+    let mut outcome = Outcome {
+        records: Vec::new(),
+        scores: Vec::new(),
+        notes: Vec::new(),
+        splits: BTreeMap::new(),
+        distilled: Vec::new(),
+        complete: Vec::new(),
+        recipe,
+    };
     let halted = || if stop.load(Ordering::Relaxed) { Err(CompareError::Stopped) } else { Ok(()) };
+    for layout in &settings.families {
+        let roots = Roots::open(layout, &settings.lab, &settings.work)?;
+        outcome.splits.insert(layout.clone(), check_splits(&roots.family.splits)?);
+    }
     for &seed in &settings.seeds {
-        let mut todo = Vec::new();
-        for roots in &roots {
-            if settings.quick {
-                take_shipped(settings, roots, seed)?;
+        for layout in &settings.families {
+            if store.complete(layout, seed).is_none() {
+                let roots = Roots::open(layout, &settings.lab, &settings.work)?;
+                store.finish(one(settings, &plan, &roots, seed, &store, progress, &halted)?)?;
             }
-            let all = Training::all(&plan).into_iter().filter(|t| !t.done(roots, seed));
-            todo.extend(all.map(|t| (roots, t)));
-        }
-        progress.stage(&format!("training, seed {seed}"), todo.len());
-        train::each::<CompareError>(todo.len(), settings.threads, &|i| {
-            halted()?;
-            let (roots, training) = todo[i];
-            let result = training.run(roots, seed, progress);
-            progress.part(&format!("{} {}", roots.family.layout, training.folder()));
-            result
-        })?;
-        let grounds: Mutex<Vec<Ground<'_>>> = Mutex::new(Vec::new());
-        progress.stage(&format!("genes, seed {seed}"), roots.len());
-        train::each::<CompareError>(roots.len(), settings.threads, &|i| {
-            halted()?;
-            let ground = Ground::open(&roots[i], seed, &plan.recipe, progress)?;
-            if let Ok(mut all) = grounds.lock() {
-                all.push(ground);
-            }
-            progress.part(&roots[i].family.layout);
-            Ok(())
-        })?;
-        let mut grounds = grounds.into_inner().map_err(|_| LabError::Thread("genes".into()))?;
-        grounds.sort_by_key(|g| roots.iter().position(|r| r.family.layout == g.roots.family.layout));
-        let keys = store.keys();
-        let cells: Vec<_> = grounds.iter().flat_map(|g| plan.cells.iter().map(move |c| (g, c))).collect();
-        progress.stage(&format!("methods, seed {seed}"), cells.len());
-        let notes = Mutex::new(Vec::new());
-        train::each::<CompareError>(cells.len(), settings.threads, &|i| {
-            halted()?;
-            let (ground, cell) = cells[i];
-            let layout = &ground.roots.family.layout;
-            let scratch = settings.work.join("scratch").join(format!("{layout}-{seed}-{}", cell.tune.name()));
-            std::fs::create_dir_all(&scratch).map_err(|e| CompareError::File {
-                action: "create",
-                path: scratch.clone(),
-                problem: e.to_string(),
-            })?;
-            let note = cell::run(ground, cell, &plan.recipe, &store, &keys, &scratch, &halted)?;
-            let _ = std::fs::remove_dir_all(&scratch);
-            if let (Some(note), Ok(mut notes)) = (note, notes.lock()) {
-                notes.push(note);
-            }
-            progress.part(&format!("{layout} {}", cell.tune.name()));
-            Ok(())
-        })?;
-        let mut notes = notes.into_inner().map_err(|_| LabError::Thread("methods".into()))?;
-        notes.sort();
-        outcome.notes.extend(notes);
-        for ground in &grounds {
-            outcome.notes.extend(ground.notes.iter().cloned());
-            outcome.scores.extend(layer_scores(ground));
-            let name = ground.roots.family.layout.clone();
-            for gene in ["distilled", "fresh"] {
-                if let Some(r) = ground.reached(gene)? {
-                    let loss = |p: &distill::distillation::Parts| p.loss(&plan.recipe.distill);
-                    outcome.distilled.push(Distillation {
-                        family: name.clone(),
-                        seed,
-                        gene: gene.into(),
-                        start: loss(&r.start),
-                        end: loss(&r.end),
-                        seconds: r.seconds,
-                    });
-                }
-            }
+            let Some(complete) = store.complete(layout, seed) else { continue };
+            outcome.notes.extend(complete.notes.iter().cloned());
+            outcome.scores.extend(complete.scores.iter().cloned());
+            outcome.distilled.extend(complete.distilled.iter().cloned());
+            outcome.complete.push(complete);
         }
     }
     outcome.records = store.records();
+    outcome.records.retain(|r| settings.families.contains(&r.family) && settings.seeds.contains(&r.seed));
     Ok(outcome)
+}
+
+/// Trains what a plan needs of a family and seed and is not there.
+pub(crate) fn trained(
+    plan: &Plan,
+    roots: &Roots,
+    seed: u64,
+    threads: usize,
+    progress: &dyn Progress,
+    halted: &(dyn Fn() -> Result<(), CompareError> + Sync),
+) -> Result<(), CompareError> {
+    let todo: Vec<Training> = Training::all(plan).into_iter().filter(|t| !t.done(roots, seed)).collect();
+    let layout = &roots.family.layout;
+    progress.stage(&format!("training, {layout}, seed {seed}"), todo.len());
+    train::each::<CompareError>(todo.len(), threads, &|i| {
+        halted()?;
+        let result = todo[i].run(roots, seed, progress);
+        progress.part(&todo[i].folder());
+        result
+    })
+}
+
+/// One family and seed: its records go into the store.
+fn one(
+    settings: &Settings,
+    plan: &Plan,
+    roots: &Roots,
+    seed: u64,
+    store: &Store,
+    progress: &dyn Progress,
+    halted: &(dyn Fn() -> Result<(), CompareError> + Sync),
+) -> Result<Complete, CompareError> {
+    let layout = &roots.family.layout;
+    if settings.quick {
+        take_shipped(settings, roots, seed)?;
+    }
+    trained(plan, roots, seed, settings.threads, progress, halted)?;
+    progress.stage(&format!("genes, {layout}, seed {seed}"), 1);
+    let ground = Ground::open(roots, seed, &plan.recipe, progress)?;
+    progress.part("distilled");
+    let keys = store.keys();
+    progress.stage(&format!("methods, {layout}, seed {seed}"), plan.cells.len());
+    let notes = Mutex::new(ground.notes.clone());
+    train::each::<CompareError>(plan.cells.len(), settings.threads, &|i| {
+        halted()?;
+        let cell = &plan.cells[i];
+        let scratch = settings.work.join("scratch").join(format!("{layout}-{seed}-{}", cell.tune.name()));
+        std::fs::create_dir_all(&scratch).map_err(|e| CompareError::File {
+            action: "create",
+            path: scratch.clone(),
+            problem: e.to_string(),
+        })?;
+        let note = cell::run(&ground, cell, &plan.recipe, store, &keys, &scratch, halted)?;
+        let _ = std::fs::remove_dir_all(&scratch);
+        if let (Some(note), Ok(mut notes)) = (note, notes.lock()) {
+            notes.push(note);
+        }
+        progress.part(&cell.tune.name());
+        Ok(())
+    })?;
+    let mut notes = notes.into_inner().map_err(|_| LabError::Thread("methods".into()))?;
+    notes.sort();
+    let mut distilled = Vec::new();
+    for gene in ["distilled", "fresh"] {
+        if let Some(r) = ground.reached(gene)? {
+            let loss = |p: &distill::distillation::Parts| p.loss(&plan.recipe.distill);
+            distilled.push(Distillation {
+                family: layout.clone(),
+                seed,
+                gene: gene.into(),
+                start: loss(&r.start),
+                end: loss(&r.end),
+                seconds: r.seconds,
+            });
+        }
+    }
+    Ok(Complete { family: layout.clone(), seed, notes, scores: layer_scores(&ground), distilled })
 }
 
 fn layer_scores(ground: &Ground<'_>) -> Vec<LayerScores> {

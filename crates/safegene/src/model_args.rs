@@ -240,7 +240,10 @@ pub(crate) struct Compare {
     /// Folder for what is trained and recorded; a comparison that was cut off goes on from it.
     #[arg(long, value_name = "DIR", default_value = "compare-work")]
     pub(crate) work: PathBuf,
-    /// Folder for the report: index.html, report.md, records.jsonl, summary.json; replaced if it is a report.
+    /// Report to go on from: what it has of the same recipe is not done again. Repeat it to join several.
+    #[arg(long, value_name = "DIR", conflicts_with = "quick")]
+    pub(crate) from: Vec<PathBuf>,
+    /// Folder for the report: index.html, report.md, records.jsonl, summary.json and more; replaced if it is a report.
     #[arg(long, value_name = "DIR", default_value = "compare-out")]
     pub(crate) out: PathBuf,
     /// The summary as one JSON object on stdout.

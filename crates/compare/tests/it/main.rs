@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests are tests
 
 use compare::plan::{FAMILY_SEED, Plan, Recipe, Way, check_splits};
-use compare::store::{Store, has, key};
+use compare::store::{Complete, Store, has, key};
 use compare::{CompareError, plan::Entry};
 use lab::language::Language;
 use lab::splits::Splits;
@@ -140,4 +140,40 @@ fn records_of_another_recipe_are_never_mixed_in() {
     let error = Store::open(dir.path(), &recipe(2)).unwrap_err();
     assert!(matches!(error, CompareError::OtherWork { .. }) && error.hint().is_some());
     assert_eq!(Store::open(dir.path(), &recipe(1)).unwrap().records().len(), 1);
+}
+
+#[test]
+fn comparison_goes_on_from_reports_of_the_same_recipe_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = |v| serde_json::json!({"version": v});
+    let at = |name: &str| dir.path().join(name);
+    let complete = |seed| Complete {
+        family: "llama".into(),
+        seed,
+        notes: vec![format!("seed {seed}")],
+        scores: Vec::new(),
+        distilled: Vec::new(),
+    };
+    let (first, second) =
+        (Store::open(&at("a"), &recipe(1)).unwrap(), Store::open(&at("b"), &recipe(1)).unwrap());
+    first.add(vec![record("topic-1", Set::Known, 8), record("topic-5", Set::Known, 8)]).unwrap();
+    first.finish(complete(11)).unwrap();
+    second.add(vec![record("topic-5", Set::Known, 8), record("topic-10", Set::Known, 8)]).unwrap();
+    second.finish(complete(12)).unwrap();
+    let store = Store::open(&at("c"), &recipe(1)).unwrap();
+    for report in ["a", "b", "a"] {
+        store.take(&at(report)).unwrap();
+    }
+    // Joined, each once, and still there for whoever opens it next.
+    for store in [&store, &Store::open(&at("c"), &recipe(1)).unwrap()] {
+        let names: Vec<String> = store.records().into_iter().map(|r| r.target.name).collect();
+        assert_eq!(names, ["topic-1", "topic-10", "topic-5"]);
+        assert_eq!([11, 12].map(|seed| store.complete("llama", seed).unwrap()), [complete(11), complete(12)]);
+        assert_eq!((store.complete("llama", 13), store.complete("qwen2", 11)), (None, None));
+    }
+    let other = Store::open(&at("d"), &recipe(2)).unwrap();
+    assert!(matches!(other.take(&at("a")), Err(CompareError::OtherWork { .. })));
+    let error = other.take(&at("nowhere")).unwrap_err();
+    assert!(error.to_string().contains("recipe.json"), "{error}");
+    assert!(other.records().is_empty());
 }

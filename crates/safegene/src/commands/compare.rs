@@ -12,7 +12,16 @@ use std::path::Path;
 use std::time::Instant;
 
 /// Files of a report; the first one marks a folder as one.
-const FILES: [&str; 5] = ["summary.json", "index.html", "report.md", "records.jsonl", "distilled.json"];
+const FILES: [&str; 7] = [
+    "summary.json",
+    "index.html",
+    "report.md",
+    "distilled.json",
+    // What another comparison can go on from.
+    "recipe.json",
+    "records.jsonl",
+    "seeds.jsonl",
+];
 
 /// What `--halves` writes.
 const HALVES: &str = "halves.json";
@@ -89,6 +98,10 @@ fn meta(
     }
 }
 
+fn lines<T: serde::Serialize>(all: &[T]) -> String {
+    all.iter().map(|one| serde_json::to_string(one).unwrap_or_default() + "\n").collect()
+}
+
 /// Every half of the layers on the main targets: `OUT/halves.json`, and means on stdout.
 fn halves(job: &Compare, settings: &Settings, ui: &Ui) -> Result<(), Failure> {
     let targets = ::compare::halves::run(settings, &Bars::new(ui), &stop_on_signals())?;
@@ -129,6 +142,7 @@ pub(super) fn run(job: &Compare, threads: usize, ui: &Ui) -> Result<(), Failure>
     let settings = Settings {
         lab: job.lab.clone(),
         work: job.work.clone(),
+        from: job.from.clone(),
         families: if job.quick { vec!["llama".into()] } else { job.families.clone() },
         seeds: if job.quick { vec![::compare::plan::FAMILY_SEED] } else { job.seeds.clone() },
         quick: job.quick,
@@ -153,10 +167,11 @@ pub(super) fn run(job: &Compare, threads: usize, ui: &Ui) -> Result<(), Failure>
     meta.checks = ::compare::claims::checks(&made(meta.clone())?, &outcome);
     let report = made(meta.clone())?;
     let summary = report.json().unwrap_or_default();
-    let lines: String =
-        outcome.records.iter().map(|r| serde_json::to_string(r).unwrap_or_default() + "\n").collect();
+    let records_text = lines(&outcome.records);
     let distilled = serde_json::to_string_pretty(&outcome.distilled).unwrap_or_default() + "\n";
-    let contents = [summary.clone(), report.html(), report.markdown(), lines, distilled];
+    let recipe = format!("{:#}\n", outcome.recipe);
+    let pages = [summary.clone(), report.html(), report.markdown(), distilled];
+    let contents = pages.into_iter().chain([recipe, records_text, lines(&outcome.complete)]);
     let write = |name: &str, text: &str| -> std::io::Result<()> {
         let partial = job.out.join(format!("{name}.partial"));
         std::fs::write(&partial, text)?;
@@ -169,8 +184,8 @@ pub(super) fn run(job: &Compare, threads: usize, ui: &Ui) -> Result<(), Failure>
         )
     };
     std::fs::create_dir_all(&job.out).map_err(fail)?;
-    for (name, text) in FILES.iter().zip(&contents) {
-        write(name, text).map_err(fail)?;
+    for (name, text) in FILES.iter().zip(contents) {
+        write(name, &text).map_err(fail)?;
     }
     if job.json {
         ui.data(&summary);
