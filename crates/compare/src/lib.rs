@@ -5,7 +5,7 @@
 //! | `plan.rs` | which targets are there, and which methods with which shots stand on each? |
 //! | `ground.rs` | what do all methods of a family and seed share: models, drifts, genes? |
 //! | `roster.rs` | how does a method make a target safe again, and what was it given? |
-//! | `tuning.rs` | how is a rival's knob chosen, by the rule that calibration follows? |
+//! | `tuning.rs` | what does a rival's setting do on the shots? |
 //! | `cell.rs` | what do the methods reach on one target? |
 //! | `claims.rs` | what is claimed of the gene, and do the records hold it? |
 //! | `halves.rs` | does selection earn its place among all halves of the layers? |

@@ -6,7 +6,7 @@
 use crate::error::CompareError;
 use crate::ground::{Ground, Held, Roots};
 use crate::plan::{Entry, Recipe, Way};
-use crate::tuning::{Measured, Meter, choose};
+use crate::tuning::Meter;
 use checkpoint::Checkpoint;
 use distill::select::{Keep, Score};
 use distill::{Freedom, Frozen, GeneAttachments, Limits, Shots};
@@ -14,6 +14,7 @@ use lab::measure::Rates;
 use lab::train::{self, Lora};
 use lab::{Kind, Tune, Tuned, Tuner};
 use rand::seq::SliceRandom;
+use recover::knob::choose;
 use recover::{Inputs, Settings};
 use report::{Label, TradeOff};
 use std::collections::BTreeMap;
@@ -247,28 +248,16 @@ impl Work<'_> {
     }
 
     fn few_shot(&self) -> Result<Applied, CompareError> {
-        use recover::few_shot::{Options, RATES, few_shot};
+        use recover::few_shot::{Options, RATES, best_rate};
         let shots = recover::few_shot::Shots {
             safety: self.shots.safety.clone(),
             task: self.shots.task.clone(),
             benign: self.shots.benign.clone(),
         };
         let (max_kl, delta, seed) = (self.recipe.max_kl, self.recipe.delta, self.ground.seed);
-        let mut tried = Vec::new();
-        for rate in RATES {
-            let options = Options { rate, max_kl, delta, seed, rank: self.recipe.rank, ..Options::default() };
-            tried.push(few_shot(self.target.model, &self.target.own, &shots, &options, self.pad)?);
-        }
-        let measured: Vec<Measured> = tried
-            .iter()
-            .map(|t| Measured {
-                loss: t.report.reached.loss,
-                kl_task: t.report.reached.kl_task,
-                kl_benign: t.report.reached.kl_benign.unwrap_or(0.0),
-            })
-            .collect();
-        let best = choose(&measured, max_kl, delta).unwrap_or(0);
-        let found = &tried[best];
+        let options = Options { max_kl, delta, seed, rank: self.recipe.rank, ..Options::default() };
+        let (model, own) = (self.target.model, &self.target.own);
+        let (found, _) = best_rate(model, own, &shots, &RATES, &options, self.pad, &mut |_| true)?;
         let given = format!(
             "rank {}, KL limit {max_kl}, delta {delta}, rates 3e-4 and 1e-3, took {:.0e} after {} steps; loss {:.4} to {:.4}",
             self.recipe.rank,
@@ -324,7 +313,7 @@ impl Work<'_> {
             grid.len(),
             m.loss,
             m.kl_task,
-            m.kl_benign
+            m.kl_benign.unwrap_or(0.0)
         );
         Ok(self.plain(Made::Own(Box::new(models.swap_remove(best))), given))
     }
@@ -423,7 +412,7 @@ impl Work<'_> {
             shares.len(),
             measured[best].loss,
             measured[best].kl_task,
-            measured[best].kl_benign
+            measured[best].kl_benign.unwrap_or(0.0)
         );
         Ok(self.plain(Made::Own(Box::new(models.swap_remove(best))), given))
     }

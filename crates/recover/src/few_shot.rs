@@ -12,8 +12,8 @@
 //! and benign shots enter by divergence from the target, not by cross-entropy: they are there to change nothing, and
 //! their answers are not taught again. Without benign shots their term and their limit fall away.
 //!
-//! The rate rises over a twentieth of the steps and falls to zero (300 steps at most; 3e-4 or 1e-3, or whichever of the two
-//! [`better_rate`] finds on held-out shots). Every iterate is measured where its gradient is taken. Training ends
+//! The rate rises over a twentieth of the steps and falls to zero (300 steps at most; 3e-4 or 1e-3, or whichever of
+//! the two [`best_rate`] takes). Every iterate is measured where its gradient is taken. Training ends
 //!
 //! * before it begins, where the safety loss is at most δ = 0.001;
 //! * at the first iterate within the limit whose safety loss is at most δ;
@@ -34,6 +34,9 @@ mod method;
 pub use method::FewShotLora;
 pub(crate) use method::INFO;
 
+pub use crate::knob::Measured;
+
+use crate::knob::choose;
 use crate::lora::{ModuleFactors, Schedule, Trained};
 use crate::run_error::RunError;
 use candle_core::Tensor;
@@ -107,24 +110,6 @@ impl Options {
         RunError::check_positive("delta", self.delta)?;
         RunError::check_not_negative("penalty", self.penalty)?;
         RunError::check_positive("patience", self.patience as f64)
-    }
-}
-
-/// Loss and divergences at one point, nat per token.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Measured {
-    /// Cross-entropy of the refusals on the safety shots.
-    pub loss: f64,
-    /// KL on the task shots.
-    pub kl_task: f64,
-    /// KL on the benign shots; none without benign shots.
-    pub kl_benign: Option<f64>,
-}
-
-impl Measured {
-    /// The larger of the two divergences.
-    pub fn kl_max(&self) -> f64 {
-        self.kl_task.max(self.kl_benign.unwrap_or(0.0))
     }
 }
 
@@ -374,60 +359,25 @@ fn settle(meter: &Meter<'_>, iterate: Iterate, max_kl: f64) -> Result<Iterate, R
     Ok(held)
 }
 
-/// One learning rate tried by [`better_rate`].
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Trial {
-    /// On the shots trained on.
-    pub report: Report,
-    /// On the shots held out.
-    pub held_out: Measured,
-}
-
-/// Trains at each of `rates` and keeps the one that does best on `held_out`: within the limit there, least safety loss; if
-/// none is, the least KL. Earlier rates win ties. All trials are reported: their time is part of the method's price.
-pub fn better_rate(
+/// Trains at each of `rates` and takes one by [`choose`], on the shots themselves: all that was given. The reports are of
+/// every rate in its order; their time is part of the method's price. `go_on` as in [`few_shot_while`].
+pub fn best_rate(
     model: &Model,
     base: &Attachments,
-    (shots, held_out): (&Shots, &Shots),
+    shots: &Shots,
     rates: &[f64],
     options: &Options,
     pad: u32,
-) -> Result<(FewShot, Vec<Trial>), RunError> {
-    let meter = Meter::new(model, base, held_out, pad)?;
-    let mut best: Option<(FewShot, Measured)> = None;
-    let mut trials = Vec::with_capacity(rates.len());
+    go_on: &mut dyn FnMut(usize) -> bool,
+) -> Result<(FewShot, Vec<Report>), RunError> {
+    let mut tried = Vec::with_capacity(rates.len());
     for &rate in rates {
-        let found = few_shot(model, base, shots, &Options { rate, ..options.clone() }, pad)?;
-        let there = meter.of_factors(&found.factors, found.report.steps)?;
-        trials.push(Trial { report: found.report, held_out: there });
-        if best.as_ref().is_none_or(|(_, b)| is_better(&there, b, options.max_kl)) {
-            best = Some((found, there));
-        }
+        tried.push(few_shot_while(model, base, shots, &Options { rate, ..options.clone() }, pad, go_on)?);
     }
+    let reports: Vec<Report> = tried.iter().map(|t| t.report).collect();
+    let measured: Vec<Measured> = reports.iter().map(|r| r.reached).collect();
     let need = "at least one learning rate";
-    let (found, _) = best.ok_or(RunError::Setting { name: "rates", value: 0.0, need })?;
-    Ok((found, trials))
-}
-
-fn is_better(a: &Measured, b: &Measured, max_kl: f64) -> bool {
-    match (a.kl_max() <= max_kl, b.kl_max() <= max_kl) {
-        (true, true) => a.loss < b.loss,
-        (false, false) => a.kl_max() < b.kl_max(),
-        (a_within, _) => a_within,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_rate_within_the_limit_beats_one_above_it() {
-        let at = |loss, kl_task, kl_benign| Measured { loss, kl_task, kl_benign };
-        let better = |a: &Measured, b: &Measured| is_better(a, b, 0.02);
-        let (good, safe, wild) = (at(0.5, 0.01, Some(0.02)), at(0.1, 0.01, Some(0.03)), at(0.0, 0.5, None));
-        assert!(better(&good, &safe) && !better(&safe, &good));
-        assert!(better(&safe, &wild) && !better(&wild, &safe));
-        assert!(better(&at(0.4, 0.02, None), &good) && !better(&good, &good));
-    }
+    let best = choose(&measured, options.max_kl, options.delta);
+    let best = best.ok_or(RunError::Setting { name: "rates", value: 0.0, need })?;
+    Ok((tried.swap_remove(best), reports))
 }

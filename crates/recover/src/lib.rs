@@ -19,6 +19,7 @@
 //! | `algebra.rs` | which products does a method ask of an engine? |
 //! | `alignment.rs` | what does alignment say about an update? |
 //! | `resta.rs`, `wise_ft.rs`, `low_rank.rs`, `safe_lora.rs`, `safe_merge.rs` | what does the method do? |
+//! | `knob.rs` | which of several settings is taken? |
 //! | `safe_delta.rs`, `few_shot.rs`, `salora.rs` | what does the method do to one module, or to a model in memory? |
 //! | `safe_delta/method.rs`, `few_shot/method.rs`, `salora/method.rs` | how is it applied to folders? |
 //!
@@ -29,6 +30,7 @@
 
 pub mod few_shot;
 pub mod gram;
+pub mod knob;
 pub mod lora;
 pub mod run_error;
 pub mod safe_delta;

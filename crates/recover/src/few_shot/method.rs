@@ -1,14 +1,13 @@
 //! The few-shot LoRA on model folders: the target is run and trained on the shots, and what came of it is added.
 //!
-//! Without a rate both are tried, and one is taken by the rule that every method of the comparison is tuned by, on the
-//! shots themselves: of those whose safety loss is at most δ the one of least KL (task and benign added), else the one of
-//! least loss. Results are never above the limit. A target that is an adapter is run over its base with its product
+//! Without a rate both are tried, and one is taken by the rule that every method of the comparison is tuned by
+//! ([`crate::knob`]), on the shots themselves. Results are never above the limit. A target that is an adapter is run over its base with its product
 //! merged in f32, and stays an adapter if one is asked for: ranks are concatenated.
 
 use serde_json::{Map, Value, json};
 use transformer::Attachments;
 
-use super::{FewShot, Measured, Options, RATES, Shots, Stopped, few_shot_while};
+use super::{FewShot, Options, RATES, Shots, Stopped, best_rate};
 use crate::added::{check_writable, write_added};
 use crate::error::Result;
 use crate::method::{Form, Job, Method, Models, Outcome, Outputs};
@@ -116,30 +115,14 @@ impl Method for FewShotLora {
             task: running.rows(&models.shots.task)?,
             benign: running.rows(&models.shots.benign)?,
         };
-        let mut tried: Vec<FewShot> = Vec::with_capacity(self.rates.len());
-        for &rate in &self.rates {
-            let options = Options { rate, ..self.options.clone() };
-            let mut go_on = |_: usize| job.check_stop().is_ok();
-            let one = few_shot_while(&running.model, &none, &shots, &options, running.pad(), &mut go_on);
-            tried.push(running.named(one)?);
-        }
+        let mut go_on = |_: usize| job.check_stop().is_ok();
+        let (model, pad) = (&running.model, running.pad());
+        let found = best_rate(model, &none, &shots, &self.rates, &self.options, pad, &mut go_on);
+        let (FewShot { factors, report }, trials) = running.named(found)?;
         drop(running);
-        let trials: Vec<Value> = tried.iter().map(|one| json!(one.report)).collect();
-        let mut best: Option<FewShot> = None;
-        for one in tried {
-            let better =
-                |held: &FewShot| is_preferred(&one.report.reached, &held.report.reached, &self.options);
-            if best.as_ref().is_none_or(better) {
-                best = Some(one);
-            }
-        }
-        // There is at least one rate.
-        let Some(FewShot { factors, report }) = best else { return Ok(Outcome::default()) };
         let mut outcome = write_added(&models.target, factors, outputs, job)?;
-        outcome.measured = Map::from_iter([
-            ("training".to_owned(), json!(report)),
-            ("trials".to_owned(), Value::Array(trials)),
-        ]);
+        outcome.measured =
+            Map::from_iter([("training".to_owned(), json!(report)), ("trials".to_owned(), json!(trials))]);
         let reached = report.reached;
         let benign = reached.kl_benign.map_or(String::new(), |kl| format!(", {kl:.4} on benign shots"));
         let why = match report.stopped {
@@ -157,33 +140,5 @@ impl Method for FewShotLora {
             outcome.notes.push(note.to_owned());
         }
         Ok(outcome)
-    }
-}
-
-/// Whether `a` goes before `b`, both within the limit; ties stay with `b`.
-fn is_preferred(a: &Measured, b: &Measured, options: &Options) -> bool {
-    let kl = |m: &Measured| m.kl_task + m.kl_benign.unwrap_or(0.0);
-    match (a.loss <= options.delta, b.loss <= options.delta) {
-        (true, true) => kl(a) < kl(b),
-        (false, false) => a.loss < b.loss,
-        (a_is_safe, _) => a_is_safe,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn safe_enough_goes_first_then_least_kl_else_least_loss() {
-        let at = |loss, kl_task, kl_benign| Measured { loss, kl_task, kl_benign };
-        let options = Options { delta: 0.01, ..Options::default() };
-        let preferred = |a: &Measured, b: &Measured| is_preferred(a, b, &options);
-        let (safe, safer) = (at(0.01, 0.004, Some(0.003)), at(0.001, 0.004, Some(0.004)));
-        assert!(preferred(&safe, &safer) && !preferred(&safer, &safe));
-        let (unsafe_small, unsafe_large) = (at(0.02, 0.0, None), at(0.3, 0.0, None));
-        assert!(preferred(&safe, &unsafe_small) && !preferred(&unsafe_small, &safe));
-        assert!(preferred(&unsafe_small, &unsafe_large) && !preferred(&unsafe_large, &unsafe_small));
-        assert!(!preferred(&safe, &safe));
     }
 }

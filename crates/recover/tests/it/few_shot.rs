@@ -1,7 +1,7 @@
 //! A LoRA on a few shots: whatever it does, it stays within the limit.
 
 use crate::decoder::{answered, flat, model, other};
-use recover::few_shot::{FewShot, Measured, Options, Shots, Stopped, better_rate, few_shot, measure};
+use recover::few_shot::{FewShot, Measured, Options, Shots, Stopped, best_rate, few_shot, measure};
 use recover::{ModuleFactors, RunError};
 use transformer::{AnswerBatch, Attachments, Model, ModuleKind};
 
@@ -151,27 +151,23 @@ fn same_seed_same_factors_other_seed_others() {
 }
 
 #[test]
-fn better_rate_is_the_one_that_holds_out() {
+fn of_the_rates_the_one_is_taken_that_the_rule_names() {
     let model = model();
     let none = Attachments::none();
     let shots = shots(&model, &none);
-    let mut changed = none.clone();
-    changed.extend(&other(3.0));
-    let held_out = Shots {
-        safety: answered(&model, &changed, 11, 6),
-        task: answered(&model, &none, 12, 6),
-        benign: answered(&model, &none, 13, 6),
-    };
     let o = Options { steps_max: 15, max_kl: 10.0, ..Options::default() };
-    let rates = [1e-5, 1e-2];
-    let (found, trials) = better_rate(&model, &none, (&shots, &held_out), &rates, &o, 0).unwrap();
-    assert_eq!(trials.iter().map(|t| t.report.rate).collect::<Vec<_>>(), rates);
+    let run = |rates: &[f64], go_on: &mut dyn FnMut(usize) -> bool| {
+        best_rate(&model, &none, &shots, rates, &o, 0, go_on)
+    };
+    let rates = [1e-2, 1e-5];
+    let (found, reports) = run(&rates, &mut |_| true).unwrap();
+    assert_eq!(reports.iter().map(|r| r.rate).collect::<Vec<_>>(), rates);
     // Nothing is learnt in 15 steps of 1e-5, and no limit is in the way.
-    assert!(trials[1].held_out.loss < trials[0].held_out.loss);
-    assert_eq!(found.report.rate, 1e-2);
-    assert_eq!(measure(&model, &none, &found.factors, &held_out, 0).unwrap(), trials[1].held_out);
-    let e = better_rate(&model, &none, (&shots, &held_out), &[], &o, 0).unwrap_err();
-    assert!(e.to_string().contains("`rates`"));
+    assert!(reports[0].reached.loss < reports[1].reached.loss);
+    assert_eq!(found.report, reports[0]);
+    assert_eq!(measure(&model, &none, &found.factors, &shots, 0).unwrap(), reports[0].reached);
+    assert!(run(&[], &mut |_| true).unwrap_err().to_string().contains("`rates`"));
+    assert!(matches!(run(&rates, &mut |step| step < 3).unwrap_err(), RunError::Stopped));
 }
 
 #[test]
