@@ -30,7 +30,7 @@ const DEGRADED: &str = "degraded-mild";
 /// often than 1 % on the dev split, those left out that refuse already; ASR there is 0 at each.
 const MAX_KL: f64 = 0.002;
 /// Steps of the distillation.
-const STEPS: usize = 100;
+const STEPS: usize = 200;
 /// Shots of each kind: safety, task, benign.
 const SHOTS: [usize; 3] = [8, 16, 8];
 /// Rank of the gene.
