@@ -76,6 +76,26 @@ pub enum CompareError {
         /// The folder.
         folder: PathBuf,
     },
+    /// Records came from another base or aligned model.
+    #[error(
+        "the records of `{family}`, seed {seed}, came from another base or aligned model than the lab has"
+    )]
+    OtherRoots {
+        /// Family.
+        family: String,
+        /// Seed.
+        seed: u64,
+    },
+    /// A report lacks records of what it says is finished.
+    #[error("`{}` says that `{family}`, seed {seed}, is finished, and lacks records of it", folder.display())]
+    NotWhole {
+        /// The folder.
+        folder: PathBuf,
+        /// Family.
+        family: String,
+        /// Seed.
+        seed: u64,
+    },
     /// A folder is no report to go on from.
     #[error("`{}` is no report of a comparison: it has no `recipe.json`", folder.display())]
     NoReport {
@@ -113,6 +133,10 @@ impl CompareError {
             Self::OtherWork { .. } => {
                 Some("records of two recipes are never mixed: name another folder, or remove this one".into())
             }
+            Self::OtherRoots { .. } => {
+                Some("name the lab they were made with, or begin another work folder".into())
+            }
+            Self::NotWhole { .. } => Some("copy the whole report again".into()),
             Self::NoReport { .. } => Some("--from takes the --out folder of an earlier comparison".into()),
             _ => None,
         }

@@ -91,6 +91,14 @@ impl Roots {
         Ok(Self { family, aligned, model, hardened: (hardened, hardened_model), folder, refusal })
     }
 
+    /// Hash of the base and the aligned weights.
+    pub fn hash(&self) -> Result<String, CompareError> {
+        let content =
+            |name: &str| Ok::<_, CompareError>(Checkpoint::open(&self.folder.join(name), None)?.content()?);
+        let both = format!("{} {}", content("base")?, content("aligned")?);
+        Ok(format!("blake3:{}", blake3::hash(both.as_bytes()).to_hex()))
+    }
+
     /// `WORK/FAMILY/seed-N`.
     pub fn seed_folder(&self, seed: u64) -> PathBuf {
         self.folder.join(format!("seed-{seed}"))

@@ -5,12 +5,13 @@
 //! beside them. The scores see the shots only. What stands on a target is one line of `halves.jsonl` in the work folder; a
 //! study that was cut off goes on from there.
 
-use crate::cell::{NEW_TOKENS, rows};
+use crate::cell::{KL_ROWS, NEW_TOKENS, rows};
 use crate::error::CompareError;
-use crate::ground::{Ground, Held, Roots};
+use crate::ground::{Ground, Held, Roots, Training, rates_of};
 use crate::plan::{Entry, Plan, Recipe, Settings, Way};
 use crate::roster::{calibration_limits, shots_of};
 use crate::run::Progress;
+use crate::store::{Store, line_of, lines_of, replace};
 use crate::tuning::Divergence;
 use distill::select::{Keep, Score, choose, scores};
 use distill::{Freedom, GeneAttachments};
@@ -19,7 +20,7 @@ use lab::{Kind, Tune, train};
 use report::{Label, Shots};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
-use std::fs::{self, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::Path;
 use std::sync::Mutex;
@@ -37,7 +38,11 @@ pub struct Cut {
     pub asr: f64,
     /// Benign requests refused there, a share.
     pub over_refusal: f64,
-    /// KL from the target on benign test rows, nat per token.
+    /// Task questions answered right, a share.
+    pub accuracy: f64,
+    /// KL from the target on task test rows, nat per token.
+    pub kl_task: f64,
+    /// The same on benign test rows.
     pub kl_benign: f64,
     /// Safety loss on the shots, nat per token.
     pub loss: f64,
@@ -54,6 +59,8 @@ pub struct Target {
     pub target: String,
     /// Attack success without a gene, a share.
     pub asr_before: f64,
+    /// Accuracy without a gene.
+    pub accuracy_before: f64,
     /// All layers, then every half.
     pub cuts: Vec<Cut>,
 }
@@ -65,10 +72,14 @@ pub struct Summary {
     pub choice: String,
     /// Attack success.
     pub asr: f64,
-    /// Share of the fall in attack success that all layers bring.
-    pub kept: f64,
+    /// Share of the fall in attack success that all layers bring, over all targets; none where they bring none.
+    pub kept: Option<f64>,
     /// Benign requests refused.
     pub over_refusal: f64,
+    /// Accuracy gained (or lost: negative), a share.
+    pub accuracy_change: f64,
+    /// KL on task rows, nat per token.
+    pub kl_task: f64,
     /// KL on benign rows, nat per token.
     pub kl_benign: f64,
     /// Halves that have lower attack success plus over-refusal on the same target, mean; a draw counts half.
@@ -87,68 +98,75 @@ pub fn subsets(layers: &[u32], k: usize) -> Vec<Vec<u32>> {
     }
 }
 
-/// Runs what is missing, on families and seeds that the comparison has trained or will be trained for now.
-pub fn run(
-    settings: &Settings,
-    progress: &dyn Progress,
-    stop: &AtomicBool,
-) -> Result<Vec<Target>, CompareError> {
+/// What the study found.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Study {
+    /// Sorted.
+    pub targets: Vec<Target>,
+    /// Targets that were left out, and why.
+    pub notes: Vec<String>,
+}
+
+/// Runs what is missing, in the work folder of a comparison of the same recipe; what it has trained is used.
+pub fn run(settings: &Settings, progress: &dyn Progress, stop: &AtomicBool) -> Result<Study, CompareError> {
     let plan = Plan::new(false);
+    Store::open(&settings.work, &serde_json::to_value(&plan.recipe).unwrap_or_default())?;
     let halted = || if stop.load(Ordering::Relaxed) { Err(CompareError::Stopped) } else { Ok(()) };
     let path = settings.work.join("halves.jsonl");
-    let done = Mutex::new(read(&path)?);
+    let known: Vec<Target> = lines_of(&path)?;
+    replace(&path, &known.iter().map(line_of).collect::<String>())?;
+    let known = Mutex::new(known);
+    let mut notes = Vec::new();
     for &seed in &settings.seeds {
         for layout in &settings.families {
+            let there: BTreeSet<String> = known.lock().map_or_else(
+                |_| BTreeSet::new(),
+                |all| {
+                    all.iter()
+                        .filter(|t| t.family == *layout && t.seed == seed)
+                        .map(|t| t.target.clone())
+                        .collect()
+                },
+            );
+            let is_main = |t: &Tune| matches!(t, Tune::Target { percent: 1, kind: Kind::Lora, .. });
+            let mut tunes: Vec<Tune> = plan.cells.iter().map(|c| c.tune).filter(is_main).collect();
+            tunes.retain(|t| !there.contains(&t.name()));
+            if tunes.is_empty() {
+                continue;
+            }
             let roots = Roots::open(layout, &settings.lab, &settings.work)?;
             crate::run::trained(&plan, &roots, seed, settings.threads, progress, &halted)?;
+            halted()?;
             let ground = Ground::open(&roots, seed, &plan.recipe, progress)?;
-            let there: BTreeSet<String> = match done.lock() {
-                Ok(done) => {
-                    let of = |t: &&Target| t.family == *layout && t.seed == seed;
-                    done.iter().filter(of).map(|t| t.target.clone()).collect()
+            let mut fit = Vec::new();
+            for tune in tunes {
+                let rates = rates_of(&roots, seed, &Training::Plain(tune).folder())?;
+                match lab::build::check(&tune.name(), &rates) {
+                    Ok(()) => fit.push(tune),
+                    Err(e) => notes.push(format!("{layout}, seed {seed}: target left out: {e}")),
                 }
-                Err(_) => BTreeSet::new(),
-            };
-            let is_main = |t: &Tune| {
-                matches!(t, Tune::Target { percent: 1, kind: Kind::Lora, .. }) && !there.contains(&t.name())
-            };
-            let tunes: Vec<Tune> = plan.cells.iter().map(|c| c.tune).filter(is_main).collect();
-            progress.stage(&format!("halves, {layout}, seed {seed}"), tunes.len());
-            train::each::<CompareError>(tunes.len(), settings.threads, &|i| {
-                let target = on_target(&ground, tunes[i], &plan.recipe, &halted)?;
-                let line = serde_json::to_string(&target).unwrap_or_default() + "\n";
-                if let Ok(mut done) = done.lock() {
-                    append(&path, &line)?;
-                    done.push(target);
+            }
+            progress.stage(&format!("halves, {layout}, seed {seed}"), fit.len());
+            train::each::<CompareError>(fit.len(), settings.threads, &|i| {
+                let target = on_target(&ground, fit[i], &plan.recipe, &halted)?;
+                if let Ok(mut known) = known.lock() {
+                    append(&path, &line_of(&target))?;
+                    known.push(target);
                 }
-                progress.part(&tunes[i].name());
+                progress.part(&fit[i].name());
                 Ok(())
             })?;
         }
     }
-    let mut done = done.into_inner().map_err(|_| lab::LabError::Thread("halves".into()))?;
-    done.retain(|t| settings.families.contains(&t.family) && settings.seeds.contains(&t.seed));
-    done.sort_by(|a, b| (&a.family, a.seed, &a.target).cmp(&(&b.family, b.seed, &b.target)));
-    Ok(done)
+    let mut targets = known.into_inner().map_err(|_| lab::LabError::Thread("halves".into()))?;
+    targets.retain(|t| settings.families.contains(&t.family) && settings.seeds.contains(&t.seed));
+    targets.sort_by(|a, b| (&a.family, a.seed, &a.target).cmp(&(&b.family, b.seed, &b.target)));
+    Ok(Study { targets, notes })
 }
 
 fn fail(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> CompareError {
     let path = path.to_path_buf();
     move |e| CompareError::File { action, path, problem: e.to_string() }
-}
-
-/// Whole lines; a last one that was cut off is dropped from the file, too.
-fn read(path: &Path) -> Result<Vec<Target>, CompareError> {
-    if !path.exists() {
-        return Ok(Vec::new());
-    }
-    let text = fs::read_to_string(path).map_err(fail("read", path))?;
-    let targets: Vec<Target> = text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect();
-    let whole: String = targets.iter().map(|t| serde_json::to_string(t).unwrap_or_default() + "\n").collect();
-    if whole != text {
-        fs::write(path, whole).map_err(fail("write", path))?;
-    }
-    Ok(targets)
 }
 
 fn append(path: &Path, line: &str) -> Result<(), CompareError> {
@@ -170,17 +188,29 @@ fn on_target(
     let entry =
         Entry { method: Way::Gene, label: Label::SafetyTaskBenign, shots: Shots { safety, task, benign } };
     let shots = shots_of(roots, tune, &entry)?;
-    let kl = Divergence::new(&frozen, &roots.rows("test-benign", 0, crate::cell::KL_ROWS)?, pad)?;
-    let (harmful, good): (Vec<DataRow>, Vec<DataRow>) =
+    let split = format!("test-{}", tune.task().map(|t| t.name()).unwrap_or_default());
+    let kl_task = Divergence::new(&frozen, &roots.rows(&split, 0, KL_ROWS)?, pad)?;
+    let kl_benign = Divergence::new(&frozen, &roots.rows("test-benign", 0, KL_ROWS)?, pad)?;
+    let (harmful, benign): (Vec<DataRow>, Vec<DataRow>) =
         (rows(ground, "test-harmful"), rows(ground, "test-benign"));
-    let judged = |more: &Attachments| -> Result<(f64, f64, f64), CompareError> {
+    let questions = rows(ground, &split);
+    let judged = |layers: &[u32], chosen_by, loss, more: &Attachments| -> Result<Cut, CompareError> {
         let model = frozen.model.merged(&frozen.with(more))?;
-        let sets = Sets { harmful: &harmful, benign: &good, task: &[] };
+        let sets = Sets { harmful: &harmful, benign: &benign, task: &questions };
         let none = Attachments::none();
         let (chat, openings) = (&roots.family.chat, Openings::default());
         let e = evaluate::evaluate(&model, &none, chat, sets, &openings, Matching::Exact, NEW_TOKENS)?;
-        let value = |r: Option<evaluate::Rate>| r.map_or(0.0, |r| r.value);
-        Ok((value(e.asr), value(e.over_refusal), kl.of(&model, &none)?.unwrap_or(0.0)))
+        let value = |r: Option<evaluate::Rate>| r.map_or(f64::NAN, |r| r.value);
+        Ok(Cut {
+            layers: layers.to_vec(),
+            chosen_by,
+            asr: value(e.asr),
+            over_refusal: value(e.over_refusal),
+            accuracy: value(e.accuracy),
+            kl_task: kl_task.of(&model, &none)?.unwrap_or(0.0),
+            kl_benign: kl_benign.of(&model, &none)?.unwrap_or(0.0),
+            loss,
+        })
     };
     let gene = &ground.gene;
     let half = gene.layers().len().div_ceil(2);
@@ -194,19 +224,20 @@ fn on_target(
         go_on()?;
         let some: GeneAttachments = gene.only(layers);
         let found = distill::calibrate(&frozen, &some, &shots, &limits, pad)?;
-        let (asr, over_refusal, kl_benign) = judged(&some.at(&found.coefficients)?)?;
         let chosen_by = chosen.iter().filter(|(_, l)| l == layers).map(|(score, _)| *score).collect();
-        Ok(Cut { layers: layers.to_vec(), chosen_by, asr, over_refusal, kl_benign, loss: found.loss })
+        judged(layers, chosen_by, found.loss, &some.at(&found.coefficients)?)
     };
     let mut cuts = vec![cut(gene.layers())?];
     for layers in subsets(gene.layers(), half) {
         cuts.push(cut(&layers)?);
     }
+    let before = judged(&[], Vec::new(), f64::NAN, &Attachments::none())?;
     Ok(Target {
         family: roots.family.layout.clone(),
         seed: ground.seed,
         target: tune.name(),
-        asr_before: judged(&Attachments::none())?.0,
+        asr_before: before.asr,
+        accuracy_before: before.accuracy,
         cuts,
     })
 }
@@ -217,11 +248,13 @@ pub fn summary(targets: &[Target]) -> Vec<Summary> {
     let mut choices: Vec<(String, Option<Score>, bool)> = vec![("all layers".into(), None, true)];
     choices.extend(Score::ALL.into_iter().map(|s| (name(s).unwrap_or_default(), Some(s), false)));
     choices.push(("mean of all halves".into(), None, false));
-    let mean = |all: &[f64]| all.iter().sum::<f64>() / all.len().max(1) as f64;
+    let mean = |all: &[f64]| all.iter().sum::<f64>() / all.len() as f64;
     let total = |c: &Cut| c.asr + c.over_refusal;
     let mut out = Vec::new();
     for (choice, score, is_all) in choices {
-        let (mut asr, mut kept, mut over, mut kl, mut better) = (vec![], vec![], vec![], vec![], vec![]);
+        // By target: attack success, over-refusal, accuracy change, both KL, then the falls of attack success.
+        let mut rows: Vec<[f64; 7]> = Vec::new();
+        let mut better = Vec::new();
         for t in targets {
             let Some((all, halves)) = t.cuts.split_first() else { continue };
             let taken: Vec<&Cut> = match (is_all, score) {
@@ -229,30 +262,42 @@ pub fn summary(targets: &[Target]) -> Vec<Summary> {
                 (_, Some(score)) => halves.iter().filter(|c| c.chosen_by.contains(&score)).collect(),
                 _ => halves.iter().collect(),
             };
+            if taken.is_empty() {
+                continue;
+            }
             let of = |f: &dyn Fn(&Cut) -> f64| mean(&taken.iter().map(|c| f(c)).collect::<Vec<_>>());
-            asr.push(of(&|c| c.asr));
-            over.push(of(&|c| c.over_refusal));
-            kl.push(of(&|c| c.kl_benign));
-            kept.push((t.asr_before - of(&|c| c.asr)) / (t.asr_before - all.asr).max(1e-9));
+            let asr = of(&|c| c.asr);
+            rows.push([
+                asr,
+                of(&|c| c.over_refusal),
+                of(&|c| c.accuracy) - t.accuracy_before,
+                of(&|c| c.kl_task),
+                of(&|c| c.kl_benign),
+                t.asr_before - asr,
+                t.asr_before - all.asr,
+            ]);
             if let (Some(_), [own]) = (score, &taken[..]) {
                 let others = halves.iter().filter(|c| c.layers != own.layers);
-                better.push(
-                    others
-                        .map(|c| match total(c).total_cmp(&total(own)) {
-                            std::cmp::Ordering::Less => 1.0,
-                            std::cmp::Ordering::Equal => 0.5,
-                            std::cmp::Ordering::Greater => 0.0,
-                        })
-                        .sum(),
-                );
+                let beats = |c: &Cut| match total(c).total_cmp(&total(own)) {
+                    std::cmp::Ordering::Less => 1.0,
+                    std::cmp::Ordering::Equal => 0.5,
+                    std::cmp::Ordering::Greater => 0.0,
+                };
+                better.push(others.map(beats).sum());
             }
         }
+        if rows.is_empty() {
+            continue;
+        }
+        let of = |i: usize| mean(&rows.iter().map(|r| r[i]).collect::<Vec<_>>());
         out.push(Summary {
             choice,
-            asr: mean(&asr),
-            kept: mean(&kept),
-            over_refusal: mean(&over),
-            kl_benign: mean(&kl),
+            asr: of(0),
+            kept: (of(6) > 0.0).then(|| of(5) / of(6)),
+            over_refusal: of(1),
+            accuracy_change: of(2),
+            kl_task: of(3),
+            kl_benign: of(4),
             better_halves: (!better.is_empty()).then(|| mean(&better)),
         });
     }
@@ -271,37 +316,62 @@ mod tests {
         assert_eq!(subsets(&[1], 2), Vec::<Vec<u32>>::new());
     }
 
-    #[test]
-    fn summary_by_hand() {
-        let cut = |layers: &[u32], by: &[Score], asr, over_refusal| Cut {
+    fn cut(layers: &[u32], by: &[Score], asr: f64, over_refusal: f64) -> Cut {
+        Cut {
             layers: layers.to_vec(),
             chosen_by: by.to_vec(),
             asr,
             over_refusal,
+            accuracy: 0.9,
+            kl_task: 0.25 * over_refusal,
             kl_benign: 0.5 * over_refusal,
             loss: 0.0,
-        };
-        let target = Target {
-            family: "f".into(),
-            seed: 1,
-            target: "t".into(),
-            asr_before: 1.0,
-            cuts: vec![
-                cut(&[0, 1], &[], 0.2, 0.0),
-                cut(&[0], &[Score::Price], 0.28, 0.1),
-                cut(&[1], &[Score::Insertion, Score::Activation], 0.6, 0.0),
-            ],
-        };
-        let s = summary(&[target]);
+        }
+    }
+
+    fn target(name: &str, asr_before: f64, cuts: Vec<Cut>) -> Target {
+        let (family, target) = ("f".into(), name.into());
+        Target { family, seed: 1, target, asr_before, accuracy_before: 1.0, cuts }
+    }
+
+    #[track_caller]
+    fn near(a: f64, b: f64) {
+        assert!((a - b).abs() < 1e-12, "{a} against {b}");
+    }
+
+    #[test]
+    fn summary_by_hand() {
+        let cuts = vec![
+            cut(&[0, 1], &[], 0.2, 0.0),
+            cut(&[0], &[Score::Price], 0.28, 0.1),
+            cut(&[1], &[Score::Insertion, Score::Activation], 0.6, 0.0),
+        ];
+        let s = summary(&[target("t", 1.0, cuts)]);
         let of = |choice: &str| s.iter().find(|s| s.choice == choice).unwrap();
-        let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} against {b}");
-        near(of("all layers").kept, 1.0);
-        near(of("price").kept, 0.9);
+        near(of("all layers").kept.unwrap(), 1.0);
+        near(of("price").kept.unwrap(), 0.9);
         near(of("price").better_halves.unwrap(), 0.0);
         near(of("insertion").better_halves.unwrap(), 1.0);
         near(of("mean of all halves").asr, 0.44);
         near(of("mean of all halves").over_refusal, 0.05);
+        near(of("mean of all halves").kl_task, 0.0125);
         near(of("mean of all halves").kl_benign, 0.025);
-        near(of("activation").kept, 0.5);
+        near(of("mean of all halves").accuracy_change, -0.1);
+        near(of("activation").kept.unwrap(), 0.5);
+        assert_eq!(of("all layers").better_halves, None);
+    }
+
+    #[test]
+    fn target_where_no_layer_helps_does_not_swamp_the_mean_and_a_missing_half_is_no_zero() {
+        let helped = vec![cut(&[0, 1], &[], 0.0, 0.0), cut(&[0], &[Score::Price], 0.5, 0.0)];
+        let hopeless = vec![cut(&[0, 1], &[], 1.0, 0.0), cut(&[0], &[], 0.9, 0.0)];
+        let s = summary(&[target("a", 1.0, helped), target("b", 1.0, hopeless.clone())]);
+        let of = |choice: &str| s.iter().find(|s| s.choice == choice);
+        // Falls of 0.5 and 0.1 against 1 and 0.
+        near(of("mean of all halves").unwrap().kept.unwrap(), 0.6);
+        // Of target b no half was chosen by price: the mean is of a alone.
+        near(of("price").unwrap().asr, 0.5);
+        assert!(of("insertion").is_none());
+        assert_eq!(summary(&[target("b", 1.0, hopeless)])[0].kept, None);
     }
 }

@@ -32,6 +32,8 @@ pub struct Settings {
     pub seeds: Vec<u64>,
     /// A few minutes' worth: shipped fine-tunes of the first family, two targets, the main methods.
     pub quick: bool,
+    /// System, processor and threads, for the records' reader.
+    pub machine: String,
     /// Cells at a time.
     pub threads: usize,
 }

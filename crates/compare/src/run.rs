@@ -61,7 +61,7 @@ pub fn run(settings: &Settings, progress: &dyn Progress, stop: &AtomicBool) -> R
     let recipe = serde_json::to_value(&plan.recipe).unwrap_or_default();
     let store = Store::open(&settings.work, &recipe)?;
     for report in &settings.from {
-        store.take(report)?;
+        store.take(&plan, report)?;
     }
     let mut outcome = Outcome {
         records: Vec::new(),
@@ -73,17 +73,22 @@ pub fn run(settings: &Settings, progress: &dyn Progress, stop: &AtomicBool) -> R
         recipe,
     };
     let halted = || if stop.load(Ordering::Relaxed) { Err(CompareError::Stopped) } else { Ok(()) };
+    let mut roots_hash = BTreeMap::new();
     for layout in &settings.families {
         let roots = Roots::open(layout, &settings.lab, &settings.work)?;
         outcome.splits.insert(layout.clone(), check_splits(&roots.family.splits)?);
+        roots_hash.insert(layout.clone(), roots.hash()?);
     }
     for &seed in &settings.seeds {
         for layout in &settings.families {
-            if store.complete(layout, seed).is_none() {
-                let roots = Roots::open(layout, &settings.lab, &settings.work)?;
-                store.finish(one(settings, &plan, &roots, seed, &store, progress, &halted)?)?;
+            let roots = || Roots::open(layout, &settings.lab, &settings.work);
+            if !store.is_whole(&plan, layout, seed) {
+                store.finish(one(settings, &plan, &roots()?, seed, &store, progress, &halted)?)?;
             }
             let Some(complete) = store.complete(layout, seed) else { continue };
+            if complete.roots != *roots_hash.get(layout).unwrap_or(&String::new()) {
+                return Err(CompareError::OtherRoots { family: layout.clone(), seed });
+            }
             outcome.notes.extend(complete.notes.iter().cloned());
             outcome.scores.extend(complete.scores.iter().cloned());
             outcome.distilled.extend(complete.distilled.iter().cloned());
@@ -130,12 +135,13 @@ fn one(
         take_shipped(settings, roots, seed)?;
     }
     trained(plan, roots, seed, settings.threads, progress, halted)?;
+    halted()?;
     progress.stage(&format!("genes, {layout}, seed {seed}"), 1);
     let ground = Ground::open(roots, seed, &plan.recipe, progress)?;
     progress.part("distilled");
     let keys = store.keys();
     progress.stage(&format!("methods, {layout}, seed {seed}"), plan.cells.len());
-    let notes = Mutex::new(ground.notes.clone());
+    let left_out: Mutex<Vec<(String, String)>> = Mutex::new(Vec::new());
     train::each::<CompareError>(plan.cells.len(), settings.threads, &|i| {
         halted()?;
         let cell = &plan.cells[i];
@@ -147,14 +153,16 @@ fn one(
         })?;
         let note = cell::run(&ground, cell, &plan.recipe, store, &keys, &scratch, halted)?;
         let _ = std::fs::remove_dir_all(&scratch);
-        if let (Some(note), Ok(mut notes)) = (note, notes.lock()) {
-            notes.push(note);
+        if let (Some(note), Ok(mut out)) = (note, left_out.lock()) {
+            out.push((cell.tune.name(), note));
         }
         progress.part(&cell.tune.name());
         Ok(())
     })?;
-    let mut notes = notes.into_inner().map_err(|_| LabError::Thread("methods".into()))?;
-    notes.sort();
+    let mut left_out = left_out.into_inner().map_err(|_| LabError::Thread("methods".into()))?;
+    left_out.sort();
+    let (left_out, why): (Vec<String>, Vec<String>) = left_out.into_iter().unzip();
+    let notes = ground.notes.iter().cloned().chain(why).collect();
     let mut distilled = Vec::new();
     for gene in ["distilled", "fresh"] {
         if let Some(r) = ground.reached(gene)? {
@@ -169,7 +177,16 @@ fn one(
             });
         }
     }
-    Ok(Complete { family: layout.clone(), seed, notes, scores: layer_scores(&ground), distilled })
+    Ok(Complete {
+        family: layout.clone(),
+        seed,
+        roots: roots.hash()?,
+        machine: settings.machine.clone(),
+        left_out,
+        notes,
+        scores: layer_scores(&ground),
+        distilled,
+    })
 }
 
 fn layer_scores(ground: &Ground<'_>) -> Vec<LayerScores> {

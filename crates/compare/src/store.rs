@@ -1,12 +1,12 @@
 //! Records of a work folder: one JSON object a line, appended as they are made.
 //!
-//! The first line of `recipe.json` beside them says what they were made by; records of another recipe are never mixed in. A
-//! line that was cut off is dropped, and what it would have said is done again. `seeds.jsonl` says of each family and seed
-//! that is complete what a report tells besides records. Both, and the recipe, are files of a report too, so that a
-//! comparison goes on elsewhere from what a report holds ([`Store::take`]), without the trained models.
+//! `recipe.json` beside them says what they were made by; records of another recipe are never mixed in. A last line that was
+//! cut off is dropped, and what it would have said is done again. `seeds.jsonl` says of each family and seed that was
+//! finished what a report tells besides records. All three are files of a report too, so that a comparison goes on
+//! elsewhere from the families and seeds that a report holds whole ([`Store::take`]), without the trained models.
 
 use crate::error::CompareError;
-use crate::plan::Entry;
+use crate::plan::{Entry, Plan};
 use crate::run::Distillation;
 use report::{LayerScores, Record, Set};
 use serde::{Deserialize, Serialize};
@@ -43,6 +43,15 @@ pub struct Complete {
     pub family: String,
     /// Seed.
     pub seed: u64,
+    /// Hash of the base and the aligned model that everything came from.
+    #[serde(default)]
+    pub roots: String,
+    /// System, processor and threads that it was finished on.
+    #[serde(default)]
+    pub machine: String,
+    /// Targets that turned out not to be what the lab promises.
+    #[serde(default)]
+    pub left_out: Vec<String>,
     /// What a reader should know.
     pub notes: Vec<String>,
     /// Scores of the gene's layers.
@@ -53,6 +62,15 @@ pub struct Complete {
 
 /// Files of a work folder that a report has too.
 pub const FILES: [&str; 3] = ["recipe.json", "records.jsonl", "seeds.jsonl"];
+
+/// Whether the records are all that a plan asks of a family and seed.
+fn covers(plan: &Plan, complete: &Complete, keys: &BTreeSet<Key>) -> bool {
+    let Complete { family, seed, left_out, .. } = complete;
+    plan.cells.iter().all(|cell| {
+        let target = cell.tune.name();
+        left_out.contains(&target) || cell.entries.iter().all(|e| has(keys, family, *seed, &target, e))
+    })
+}
 
 /// Appends records to a file.
 #[derive(Debug)]
@@ -69,17 +87,33 @@ fn fail(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Com
     move |e| CompareError::File { action, path, problem: e.to_string() }
 }
 
-/// Every whole line of a file that is of this type; none if there is no file.
-fn lines_of<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>, CompareError> {
+/// Every line of a file; none if there is no file. A last line that was cut off is dropped, any other that makes no sense is
+/// an error.
+pub(crate) fn lines_of<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>, CompareError> {
     if !path.exists() {
         return Ok(Vec::new());
     }
     let text = fs::read_to_string(path).map_err(fail("read", path))?;
-    // Only the last line can be half a line.
-    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
+    let mut out = Vec::new();
+    let count = text.lines().count();
+    for (i, line) in text.lines().enumerate() {
+        match serde_json::from_str(line) {
+            Ok(one) => out.push(one),
+            Err(_) if i + 1 == count && !text.ends_with('\n') => {}
+            Err(e) => {
+                return Err(CompareError::File {
+                    action: "read",
+                    path: path.to_path_buf(),
+                    problem: format!("line {}: {e}", i + 1),
+                });
+            }
+        }
+    }
+    Ok(out)
 }
 
-fn replace(path: &Path, text: &str) -> Result<(), CompareError> {
+/// Puts `text` in the place of a file, whole or not at all.
+pub(crate) fn replace(path: &Path, text: &str) -> Result<(), CompareError> {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(".partial");
     let partial = path.with_file_name(name);
@@ -119,32 +153,54 @@ impl Store {
         Ok(Self { work: work.to_path_buf(), path, recipe: recipe.clone(), inner, complete })
     }
 
-    /// Takes over what a report of the same recipe holds and this store does not.
-    pub fn take(&self, report: &Path) -> Result<(), CompareError> {
+    /// Takes over the families and seeds that a report of the same recipe holds whole. What is here of the same family and
+    /// seed and is not whole makes way: records of two trainings are never mixed.
+    pub fn take(&self, plan: &Plan, report: &Path) -> Result<(), CompareError> {
         if !check_recipe(report, &self.recipe)? {
             return Err(CompareError::NoReport { folder: report.to_path_buf() });
         }
-        let keys = self.keys();
         let records: Vec<Record> = lines_of(&report.join(FILES[1]))?;
-        self.add(records.into_iter().filter(|r| !keys.contains(&key(r))).collect())?;
         for complete in lines_of::<Complete>(&report.join(FILES[2]))? {
+            if self.complete(&complete.family, complete.seed).is_some() {
+                continue;
+            }
+            let of = |r: &&Record| r.family == complete.family && r.seed == complete.seed;
+            let theirs: Vec<Record> = records.iter().filter(of).cloned().collect();
+            if !covers(plan, &complete, &theirs.iter().map(key).collect()) {
+                let Complete { family, seed, .. } = complete;
+                return Err(CompareError::NotWhole { folder: report.to_path_buf(), family, seed });
+            }
+            self.drop_records(&complete.family, complete.seed)?;
+            self.add(theirs)?;
             self.finish(complete)?;
         }
         Ok(())
     }
 
-    /// What is said of a family and seed that is complete.
+    fn drop_records(&self, family: &str, seed: u64) -> Result<(), CompareError> {
+        let Ok(mut inner) = self.inner.lock() else { return Err(CompareError::Stopped) };
+        inner.1.retain(|r| r.family != family || r.seed != seed);
+        replace(&self.path, &inner.1.iter().map(line_of).collect::<String>())?;
+        inner.0 = OpenOptions::new().append(true).open(&self.path).map_err(fail("write", &self.path))?;
+        Ok(())
+    }
+
+    /// What is said of a family and seed that was finished.
     pub fn complete(&self, family: &str, seed: u64) -> Option<Complete> {
         let all = self.complete.lock().ok()?;
         all.iter().find(|c| c.family == family && c.seed == seed).cloned()
     }
 
-    /// A family and seed is complete.
+    /// Whether it was finished and every record that the plan asks for is there, but of targets that were left out.
+    pub fn is_whole(&self, plan: &Plan, family: &str, seed: u64) -> bool {
+        self.complete(family, seed).is_some_and(|complete| covers(plan, &complete, &self.keys()))
+    }
+
+    /// A family and seed is finished; what was said of it before is replaced.
     pub fn finish(&self, complete: Complete) -> Result<(), CompareError> {
         let Ok(mut all) = self.complete.lock() else { return Err(CompareError::Stopped) };
-        if !all.iter().any(|c| c.family == complete.family && c.seed == complete.seed) {
-            all.push(complete);
-        }
+        all.retain(|c| c.family != complete.family || c.seed != complete.seed);
+        all.push(complete);
         replace(&self.work.join(FILES[2]), &all.iter().map(line_of).collect::<String>())
     }
 
@@ -170,7 +226,7 @@ impl Store {
     }
 }
 
-fn line_of<T: Serialize>(line: &T) -> String {
+pub(crate) fn line_of<T: Serialize>(line: &T) -> String {
     // What holds numbers, strings and lists only always serialises.
     serde_json::to_string(line).unwrap_or_default() + "\n"
 }

@@ -164,6 +164,9 @@ impl Default for Settings {
     }
 }
 
+/// More turns of the aligned model would leave hardly any to the drifts.
+const TURNS_MAX: usize = 16;
+
 impl Settings {
     fn check(&self) -> Result<(), DistillError> {
         let bad = |name, value, need| Err(DistillError::Setting { name, value, need });
@@ -181,6 +184,9 @@ impl Settings {
             if !(value.is_finite() && value >= 0.0) {
                 return bad(name, value, "zero or more");
             }
+        }
+        if self.aligned_turns > TURNS_MAX {
+            return bad("aligned-turns", self.aligned_turns as f64, "at most 16");
         }
         if !self.margin.is_finite() {
             return bad("margin", self.margin, "finite");
@@ -492,7 +498,10 @@ pub fn distill(
         // In the turns behind those of the drifts the aligned model is the student, on rows of a drift each time another.
         let (name, frozen, task) = match drifts.get(turn) {
             Some(drift) => (drift.name.as_str(), &drift.frozen, &drift.task),
-            None => ("aligned", teacher, &drifts[round % drifts.len()].task),
+            None => {
+                let nth = round * settings.aligned_turns + (turn - drifts.len());
+                ("aligned", teacher, &drifts[nth % drifts.len()].task)
+            }
         };
         let pick = |list: &[Row], rng: &mut ChaCha8Rng| list[rng.random_range(0..list.len())].clone();
         let safety: Vec<Row> = (0..settings.rows).map(|_| pick(rows.safety, &mut rng)).collect();

@@ -19,14 +19,16 @@ use clap::Parser;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    // candle's own pool spins while it waits; rayon's threads do the work here. Left to itself, candle counts the cores by
-    // reading /proc/cpuinfo in every product: a tenth of the time of a small model.
-    for (name, value) in [("CANDLE_NUM_THREADS", "1"), ("RAYON_NUM_THREADS", &cores.to_string())] {
-        if std::env::var_os(name).is_none() {
-            // SAFETY: nothing has been started yet, so no other thread reads or writes the environment.
-            unsafe { std::env::set_var(name, value) };
-        }
+    // candle's own pool spins while it waits; rayon's threads do the work here.
+    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
+        // SAFETY: nothing has been started yet, so no other thread reads or writes the environment.
+        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+    }
+    // Left to itself, candle counts the cores by reading /proc/cpuinfo in every product: a tenth of a small model's time.
+    if std::env::var_os("RAYON_NUM_THREADS").is_none() {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        // SAFETY: as above.
+        unsafe { std::env::set_var("RAYON_NUM_THREADS", cores.to_string()) };
     }
     keep_freed_memory();
     let args = args::Args::parse();

@@ -231,7 +231,8 @@ pub(crate) struct Compare {
     /// A few minutes' worth: shipped fine-tunes of `llama`, two targets, the main methods.
     #[arg(long, conflicts_with_all = ["families", "seeds"])]
     pub(crate) quick: bool,
-    /// Instead of the table: every half of the gene's layers on each main target, to judge selection; writes halves.json.
+    /// Instead of the table: every half of the gene's layers on each main target, to judge selection; writes halves.json
+    /// beside it.
     #[arg(long, conflicts_with = "quick")]
     pub(crate) halves: bool,
     /// Folder with a folder for each family that holds its base and aligned model.
@@ -240,8 +241,9 @@ pub(crate) struct Compare {
     /// Folder for what is trained and recorded; a comparison that was cut off goes on from it.
     #[arg(long, value_name = "DIR", default_value = "compare-work")]
     pub(crate) work: PathBuf,
-    /// Report to go on from: what it has of the same recipe is not done again. Repeat it to join several.
-    #[arg(long, value_name = "DIR", conflicts_with = "quick")]
+    /// Report to go on from: families and seeds that it holds whole, by the same recipe, are not done again. Repeat it to
+    /// join several.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["quick", "halves"])]
     pub(crate) from: Vec<PathBuf>,
     /// Folder for the report: index.html, report.md, records.jsonl, summary.json and more; replaced if it is a report.
     #[arg(long, value_name = "DIR", default_value = "compare-out")]

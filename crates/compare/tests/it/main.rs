@@ -147,33 +147,54 @@ fn comparison_goes_on_from_reports_of_the_same_recipe_only() {
     let dir = tempfile::tempdir().unwrap();
     let recipe = |v| serde_json::json!({"version": v});
     let at = |name: &str| dir.path().join(name);
+    let plan = Plan::new(false);
+    let all: Vec<String> = plan.cells.iter().map(|c| c.tune.name()).collect();
     let complete = |seed| Complete {
         family: "llama".into(),
         seed,
+        roots: "blake3:0".into(),
+        machine: "a machine".into(),
+        // So that nothing more is asked for.
+        left_out: all.clone(),
         notes: vec![format!("seed {seed}")],
         scores: Vec::new(),
         distilled: Vec::new(),
     };
+    let of = |target: &str, seed| Record { seed, ..record(target, Set::Known, 8) };
     let (first, second) =
         (Store::open(&at("a"), &recipe(1)).unwrap(), Store::open(&at("b"), &recipe(1)).unwrap());
-    first.add(vec![record("topic-1", Set::Known, 8), record("topic-5", Set::Known, 8)]).unwrap();
+    first.add(vec![of("topic-1", 11), of("topic-5", 11), of("topic-1", 12)]).unwrap();
     first.finish(complete(11)).unwrap();
-    second.add(vec![record("topic-5", Set::Known, 8), record("topic-10", Set::Known, 8)]).unwrap();
+    second.add(vec![of("topic-10", 12), of("topic-10", 11)]).unwrap();
     second.finish(complete(12)).unwrap();
     let store = Store::open(&at("c"), &recipe(1)).unwrap();
+    // Half of seed 12 is here, of another training.
+    store.add(vec![of("topic-0", 12)]).unwrap();
     for report in ["a", "b", "a"] {
-        store.take(&at(report)).unwrap();
+        store.take(&plan, &at(report)).unwrap();
     }
-    // Joined, each once, and still there for whoever opens it next.
+    // Each seed from the report that holds it whole and from nowhere else, and still there for whoever opens it next.
     for store in [&store, &Store::open(&at("c"), &recipe(1)).unwrap()] {
-        let names: Vec<String> = store.records().into_iter().map(|r| r.target.name).collect();
-        assert_eq!(names, ["topic-1", "topic-10", "topic-5"]);
+        let names: Vec<_> = store.records().into_iter().map(|r| (r.seed, r.target.name)).collect();
+        let want =
+            [(11, "topic-1"), (11, "topic-5"), (12, "topic-10")].map(|(seed, name)| (seed, name.to_string()));
+        assert_eq!(names, want);
         assert_eq!([11, 12].map(|seed| store.complete("llama", seed).unwrap()), [complete(11), complete(12)]);
+        assert!(store.is_whole(&plan, "llama", 11));
         assert_eq!((store.complete("llama", 13), store.complete("qwen2", 11)), (None, None));
     }
     let other = Store::open(&at("d"), &recipe(2)).unwrap();
-    assert!(matches!(other.take(&at("a")), Err(CompareError::OtherWork { .. })));
-    let error = other.take(&at("nowhere")).unwrap_err();
+    assert!(matches!(other.take(&plan, &at("a")), Err(CompareError::OtherWork { .. })));
+    let error = other.take(&plan, &at("nowhere")).unwrap_err();
     assert!(error.to_string().contains("recipe.json"), "{error}");
     assert!(other.records().is_empty());
+    // What says to be finished and lacks records is not taken, nor is a file with a broken line inside.
+    first.finish(Complete { left_out: Vec::new(), ..complete(13) }).unwrap();
+    let fresh = Store::open(&at("e"), &recipe(1)).unwrap();
+    assert!(matches!(fresh.take(&plan, &at("a")), Err(CompareError::NotWhole { seed: 13, .. })));
+    assert!(!first.is_whole(&plan, "llama", 13));
+    let file = at("a").join("records.jsonl");
+    fs::write(&file, format!("{{\n{}", fs::read_to_string(&file).unwrap())).unwrap();
+    let error = fresh.take(&plan, &at("a")).unwrap_err();
+    assert!(error.to_string().contains("line 1"), "{error}");
 }

@@ -248,6 +248,7 @@ fn what_makes_no_sense_is_refused() {
         Settings { margin: f64::INFINITY, ..settings() },
         Settings { own_share: 1.5, ..settings() },
         Settings { steps: 0, ..settings() },
+        Settings { aligned_turns: usize::MAX, ..settings() },
     ] {
         assert!(matches!(bad(s), DistillError::Setting { .. }), "{s:?}");
     }

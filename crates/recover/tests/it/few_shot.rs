@@ -159,13 +159,13 @@ fn of_the_rates_the_one_is_taken_that_the_rule_names() {
     let run = |rates: &[f64], go_on: &mut dyn FnMut(usize) -> bool| {
         best_rate(&model, &none, &shots, rates, &o, 0, go_on)
     };
-    let rates = [1e-2, 1e-5];
+    let rates = [1e-5, 1e-2];
     let (found, reports) = run(&rates, &mut |_| true).unwrap();
     assert_eq!(reports.iter().map(|r| r.rate).collect::<Vec<_>>(), rates);
     // Nothing is learnt in 15 steps of 1e-5, and no limit is in the way.
-    assert!(reports[0].reached.loss < reports[1].reached.loss);
-    assert_eq!(found.report, reports[0]);
-    assert_eq!(measure(&model, &none, &found.factors, &shots, 0).unwrap(), reports[0].reached);
+    assert!(reports[1].reached.loss < reports[0].reached.loss);
+    assert_eq!(found.report, reports[1]);
+    assert_eq!(measure(&model, &none, &found.factors, &shots, 0).unwrap(), reports[1].reached);
     assert!(run(&[], &mut |_| true).unwrap_err().to_string().contains("`rates`"));
     assert!(matches!(run(&rates, &mut |step| step < 3).unwrap_err(), RunError::Stopped));
 }

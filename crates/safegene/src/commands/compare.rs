@@ -11,24 +11,15 @@ use report::{Meta, Record, Report};
 use std::path::Path;
 use std::time::Instant;
 
-/// Files of a report; the first one marks a folder as one.
-const FILES: [&str; 7] = [
-    "summary.json",
-    "index.html",
-    "report.md",
-    "distilled.json",
-    // What another comparison can go on from.
-    "recipe.json",
-    "records.jsonl",
-    "seeds.jsonl",
-];
+/// Files of a report besides those that another comparison goes on from; the first one marks a folder as one.
+const PAGES: [&str; 5] = ["summary.json", "index.html", "report.md", "claims.json", "distilled.json"];
 
 /// What `--halves` writes.
 const HALVES: &str = "halves.json";
 
 /// Refuses a folder that is something else, before the work.
 fn check_out(out: &Path) -> Result<(), Failure> {
-    if out.exists() && ![FILES[0], HALVES].iter().any(|file| out.join(file).exists()) {
+    if out.exists() && ![PAGES[0], HALVES].iter().any(|file| out.join(file).exists()) {
         let message = format!("output `{}` exists and is no earlier report", out.display());
         return Err(Failure::usage(message, "remove it, or choose another folder with --out"));
     }
@@ -48,20 +39,12 @@ fn columns(records: &[Record], plan: &Plan) -> Vec<Record> {
     records.iter().map(column).collect()
 }
 
-fn meta(
-    job: &Compare,
-    settings: &Settings,
-    plan: &Plan,
-    outcome: &Outcome,
-    seconds: f64,
-    threads: usize,
-) -> Meta {
-    let machine = Machine::this(threads);
+fn meta(job: &Compare, settings: &Settings, plan: &Plan, outcome: &Outcome, seconds: f64) -> Meta {
     let text = |v: serde_json::Value| v.to_string();
     let pair = |a: &str, b: String| (a.to_string(), b);
-    let mut facts = vec![pair("system", format!("{} {}", machine.os, machine.arch))];
-    facts.extend(machine.cpu.map(|cpu| pair("processor", cpu)));
-    facts.push(pair("threads", threads.to_string()));
+    let machines: std::collections::BTreeSet<&str> =
+        outcome.complete.iter().map(|c| c.machine.as_str()).collect();
+    let facts = machines.into_iter().map(|m| pair("machine", m.into())).collect();
     let mut said = vec![
         pair("recipe", text(serde_json::to_value(&plan.recipe).unwrap_or_default())),
         pair("families", settings.families.join(", ")),
@@ -79,6 +62,12 @@ fn meta(
         false => format!(" --families {} --seeds {}", said[1].1.replace(' ', ""), said[2].1.replace(' ', "")),
     };
     let mut notes = outcome.notes.clone();
+    if !job.from.is_empty() {
+        notes.push(format!(
+            "What {} earlier reports hold was taken over; the time is of this call alone.",
+            job.from.len()
+        ));
+    }
     notes.push(
         "Lab models have 0.9 million parameters and speak an invented language; what holds here need not hold for real models.".into(),
     );
@@ -104,36 +93,58 @@ fn lines<T: serde::Serialize>(all: &[T]) -> String {
 
 /// Every half of the layers on the main targets: `OUT/halves.json`, and means on stdout.
 fn halves(job: &Compare, settings: &Settings, ui: &Ui) -> Result<(), Failure> {
-    let targets = ::compare::halves::run(settings, &Bars::new(ui), &stop_on_signals())?;
-    let means = ::compare::halves::summary(&targets);
-    let json = serde_json::json!({ "summary": means, "targets": targets });
-    let path = job.out.join(HALVES);
-    std::fs::create_dir_all(&job.out).and_then(|()| std::fs::write(&path, format!("{json:#}\n"))).map_err(
-        |e| {
-            Failure::usage(
-                format!("cannot write `{}`: {e}", path.display()),
-                "choose another folder with --out",
-            )
-        },
-    )?;
+    let study = ::compare::halves::run(settings, &Bars::new(ui), &stop_on_signals())?;
+    let means = ::compare::halves::summary(&study.targets);
+    let json = serde_json::json!({ "summary": means, "targets": study.targets, "notes": study.notes });
+    write(&job.out, HALVES, &format!("{json:#}\n"))?;
     if job.json {
         ui.data(&json["summary"].to_string());
     } else {
-        ui.data("layers               ASR     kept    over-refusal  KL benign  better halves, of 19");
+        ui.data("layers                    ASR    kept  over-refusal  accuracy  KL task  KL benign  halves that do better");
+        let percent = |x: f64| format!("{:.2} %", 100.0 * x);
         for s in &means {
-            let better = s.better_halves.map_or_else(|| "-".into(), |b| format!("{b:.1}"));
             ui.data(&format!(
-                "{:20} {:5.2} %  {:5.1} %  {:5.2} %       {:.4}     {better}",
+                "{:20} {:>9} {:>7} {:>11}  {:+8.2}   {:.4}   {:.4}     {}",
                 s.choice,
-                100.0 * s.asr,
-                100.0 * s.kept,
-                100.0 * s.over_refusal,
-                s.kl_benign
+                percent(s.asr),
+                s.kept.map_or_else(|| "-".into(), |x| format!("{:.1} %", 100.0 * x)),
+                percent(s.over_refusal),
+                100.0 * s.accuracy_change,
+                s.kl_task,
+                s.kl_benign,
+                s.better_halves.map_or_else(|| "-".into(), |x| format!("{x:.1}")),
             ));
         }
     }
-    ui.say(&format!("wrote `{}`: {} targets", path.display(), targets.len()));
+    for note in &study.notes {
+        ui.warn(note);
+    }
+    ui.say(&format!(
+        "wrote `{}`: means over {} targets, without intervals",
+        job.out.join(HALVES).display(),
+        study.targets.len()
+    ));
     Ok(())
+}
+
+fn machine(threads: usize) -> String {
+    let m = Machine::this(threads);
+    let cpu = m.cpu.map_or_else(String::new, |cpu| format!(", {cpu}"));
+    format!("{} {}{cpu}, {threads} threads", m.os, m.arch)
+}
+
+/// Puts `text` in the place of a file, whole or not at all.
+fn write(folder: &Path, name: &str, text: &str) -> Result<(), Failure> {
+    let partial = folder.join(format!("{name}.partial"));
+    let done = std::fs::create_dir_all(folder)
+        .and_then(|()| std::fs::write(&partial, text))
+        .and_then(|()| std::fs::rename(&partial, folder.join(name)));
+    done.map_err(|e| {
+        Failure::usage(
+            format!("cannot write to `{}`: {e}", folder.display()),
+            "choose another folder with --out",
+        )
+    })
 }
 
 pub(super) fn run(job: &Compare, threads: usize, ui: &Ui) -> Result<(), Failure> {
@@ -146,6 +157,7 @@ pub(super) fn run(job: &Compare, threads: usize, ui: &Ui) -> Result<(), Failure>
         families: if job.quick { vec!["llama".into()] } else { job.families.clone() },
         seeds: if job.quick { vec![::compare::plan::FAMILY_SEED] } else { job.seeds.clone() },
         quick: job.quick,
+        machine: machine(threads),
         threads,
     };
     if job.halves {
@@ -155,7 +167,7 @@ pub(super) fn run(job: &Compare, threads: usize, ui: &Ui) -> Result<(), Failure>
     let bars = Bars::new(ui);
     let outcome = ::compare::run(&settings, &bars, &stop_on_signals())?;
     let records = columns(&outcome.records, &plan);
-    let mut meta = meta(job, &settings, &plan, &outcome, start.elapsed().as_secs_f64(), threads);
+    let mut meta = meta(job, &settings, &plan, &outcome, start.elapsed().as_secs_f64());
     let made = |meta: Meta| {
         Report::of(meta, records.clone(), outcome.scores.clone()).map_err(|e| Failure {
             code: Code::Input,
@@ -169,24 +181,18 @@ pub(super) fn run(job: &Compare, threads: usize, ui: &Ui) -> Result<(), Failure>
     let summary = report.json().unwrap_or_default();
     let records_text = lines(&outcome.records);
     let distilled = serde_json::to_string_pretty(&outcome.distilled).unwrap_or_default() + "\n";
-    let recipe = format!("{:#}\n", outcome.recipe);
-    let pages = [summary.clone(), report.html(), report.markdown(), distilled];
-    let contents = pages.into_iter().chain([recipe, records_text, lines(&outcome.complete)]);
-    let write = |name: &str, text: &str| -> std::io::Result<()> {
-        let partial = job.out.join(format!("{name}.partial"));
-        std::fs::write(&partial, text)?;
-        std::fs::rename(&partial, job.out.join(name))
-    };
-    let fail = |e: std::io::Error| {
-        Failure::usage(
-            format!("cannot write to `{}`: {e}", job.out.display()),
-            "choose another folder with --out",
-        )
-    };
-    std::fs::create_dir_all(&job.out).map_err(fail)?;
-    for (name, text) in FILES.iter().zip(contents) {
-        write(name, &text).map_err(fail)?;
+    let claims = serde_json::to_string_pretty(&meta.checks).unwrap_or_default() + "\n";
+    // Without a recipe a folder is nothing to go on from: it goes first and comes last.
+    let [recipe, records, seeds] = ::compare::store::FILES;
+    let _ = std::fs::remove_file(job.out.join(recipe));
+    for (name, text) in
+        PAGES.iter().zip([summary.clone(), report.html(), report.markdown(), claims, distilled])
+    {
+        write(&job.out, name, &text)?;
     }
+    write(&job.out, records, &records_text)?;
+    write(&job.out, seeds, &lines(&outcome.complete))?;
+    write(&job.out, recipe, &format!("{:#}\n", outcome.recipe))?;
     if job.json {
         ui.data(&summary);
     } else {
