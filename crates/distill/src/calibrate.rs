@@ -6,11 +6,19 @@
 //! With `L` the loss of the wanted refusals on the safety shots and `KL` how far the target moves on the task shots and
 //! on the benign shots (nat per token, each averaged over its own tokens):
 //!
-//! 1. the least `KL_task + KL_benign` such that `L ≤ δ`, if that needs no more than the limit ε on each;
-//! 2. else the least `L` such that `KL_task ≤ ε` and `KL_benign ≤ ε`.
+//! 1. the least `mean_l (c_l − 1)²` such that `L ≤ δ`, `KL_task ≤ ε` and `KL_benign ≤ ε`;
+//!    ([`Aim::LeastKl`] asks for the least `KL_task + KL_benign` such that `L ≤ δ` instead);
+//! 2. where no `c` is that safe within the limits: the least `log L + 0.3 · mean_l (c_l − 1)²` such that `KL_task ≤ ε` and
+//!    `KL_benign ≤ ε`.
 //!
-//! A target whose loss is small to begin with is left as it is. `0 ≤ c_l ≤ c_max` always. The solver is [`crate::sqp`] with exact gradients, on `log L`, or, where gradients cost too
-//! much memory, COBYLA (Powell 1994) on values alone; what ends above the limit is scaled back towards zero by bisection.
+//! The gene was distilled to be added once, on many rows; a handful of shots says where that is not enough or too much, and
+//! little about anything else. So coefficients leave 1 only as far as the shots ask for. For the same reason safety rows
+//! should be cut to how their refusal opens ([`transformer::Chat::opening`]): what a target says after that is its wording,
+//! and a loss over all of it is spent on teaching phrases.
+//!
+//! A target whose loss is small to begin with is left as it is. `0 ≤ c_l ≤ c_max` always. The solver is [`crate::sqp`] with
+//! exact gradients, on `log L`, or, where gradients cost too much memory, COBYLA (Powell 1994) on values alone; what ends
+//! above the limit is scaled back towards zero by bisection.
 
 use crate::gene::{Frozen, GeneAttachments};
 use crate::sqp::{self, Point, Settings};
@@ -84,7 +92,7 @@ impl CalibrationError {
 /// Token rows to calibrate on.
 #[derive(Debug, Clone, Default)]
 pub struct Shots {
-    /// Harmful prompts, each with a refusal.
+    /// Harmful prompts, each with a refusal, best cut to its opening.
     pub safety: Vec<Row>,
     /// Rows of the target's task.
     pub task: Vec<Row>,
@@ -101,6 +109,17 @@ pub enum Freedom {
     PerLayer,
     /// One coefficient for all layers: task arithmetic with the gene.
     OneForAll,
+}
+
+/// What the first problem asks for, of all coefficients that are safe enough.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Aim {
+    /// Those nearest to 1.
+    #[default]
+    Nearest,
+    /// Those of least KL on the shots. It trusts a handful of shots more than the gene, whose coefficients end far apart.
+    LeastKl,
 }
 
 /// How the two problems are solved.
@@ -131,6 +150,9 @@ pub struct Limits {
     /// What may move.
     #[serde(default)]
     pub freedom: Freedom,
+    /// What is asked for.
+    #[serde(default)]
+    pub aim: Aim,
     /// How.
     #[serde(default)]
     pub solver: Solver,
@@ -141,10 +163,11 @@ impl Default for Limits {
         Self {
             max_kl: 0.02,
             c_max: 10.0,
-            delta: 0.001,
+            delta: 0.003,
             leave: 0.05,
             gradients_max: 24,
             freedom: Freedom::PerLayer,
+            aim: Aim::Nearest,
             solver: Solver::Gradients,
         }
     }
@@ -175,7 +198,9 @@ impl Limits {
 pub enum Goal {
     /// The target was safe already: nothing is expressed.
     AlreadySafe,
-    /// The safety asked for, at the least KL.
+    /// The safety asked for, within the limits: as near to 1 as that allows.
+    Nearest,
+    /// The safety asked for, within the limits, at the least KL.
     LeastKl,
     /// The safety asked for costs more than the limit: as safe as the limit allows.
     LeastLoss,
@@ -287,21 +312,49 @@ impl Values {
         (l.ln(), self.loss.1.iter().map(|g| g / l).collect())
     }
 
-    /// The first problem: least KL such that the loss is at most δ.
+    /// Constraints on KL, in units of ε.
+    fn within_limit(&self, eps: f64) -> (Vec<f64>, Vec<Vec<f64>>) {
+        let bound =
+            |(value, slope): &(f64, Vec<f64>)| (value / eps - 1.0, slope.iter().map(|g| g / eps).collect());
+        [&self.task, &self.benign].into_iter().map(bound).unzip()
+    }
+
+    /// The first problem: nearest to 1 such that the loss is at most δ and KL at most ε.
+    fn nearest(&self, x: &[f64], log_delta: f64, eps: f64) -> Point {
+        let (l, dl) = self.log_loss();
+        let (mut h, mut dh) = self.within_limit(eps);
+        h.push(l - log_delta);
+        dh.push(dl);
+        let (f, df) = from_one(x, 1.0);
+        Point { x: x.to_vec(), f, df, h, dh }
+    }
+
+    /// The first problem, of the other aim: least KL such that the loss is at most δ.
     fn least_kl(&self, x: &[f64], log_delta: f64) -> Point {
         let (l, dl) = self.log_loss();
         let df = self.task.1.iter().zip(&self.benign.1).map(|(a, b)| a + b).collect();
         Point { x: x.to_vec(), f: self.kl(), df, h: vec![l - log_delta], dh: vec![dl] }
     }
 
-    /// The second problem: least loss under the limit; constraints are in units of ε.
-    fn least_loss(&self, x: &[f64], eps: f64) -> Point {
-        let (f, df) = self.log_loss();
-        let bound =
-            |(value, slope): &(f64, Vec<f64>)| (value / eps - 1.0, slope.iter().map(|g| g / eps).collect());
-        let (h, dh) = [&self.task, &self.benign].into_iter().map(bound).unzip();
-        Point { x: x.to_vec(), f, df, h, dh }
+    /// The second problem: least loss under the limit.
+    fn least_loss(&self, x: &[f64], eps: f64, pull: f64) -> Point {
+        let (l, dl) = self.log_loss();
+        let (h, dh) = self.within_limit(eps);
+        let (far, slope) = from_one(x, pull);
+        // Without gradients asked for there are none.
+        let df = dl.iter().zip(&slope).map(|(a, b)| a + b).collect();
+        Point { x: x.to_vec(), f: l + far, df, h, dh }
     }
+}
+
+/// What `log L` has to fall by to pay for coefficients that are 1 away from 1, in the second problem.
+const PULL: f64 = 0.3;
+
+/// `weight · mean (x − 1)²` with its gradient.
+fn from_one(x: &[f64], weight: f64) -> (f64, Vec<f64>) {
+    let weight = weight / x.len().max(1) as f64;
+    let far = x.iter().map(|x| weight * (x - 1.0).powi(2)).sum();
+    (far, x.iter().map(|x| 2.0 * weight * (x - 1.0)).collect())
 }
 
 impl<'a> Problem<'a> {
@@ -472,8 +525,12 @@ impl<'a> Problem<'a> {
         limits: &Limits,
         max_kl: f64,
     ) -> Result<(Vec<f64>, Values, usize), CalibrationError> {
-        let settings = Settings { radius: 1.0, ..settings(limits) };
-        let state = |v: &Values, x: &[f64]| v.least_loss(x, max_kl);
+        let pull = match limits.aim {
+            Aim::Nearest => PULL,
+            Aim::LeastKl => 0.0,
+        };
+        let settings = Settings { radius: 1.0, ..settings(limits, pull, start.len()) };
+        let state = |v: &Values, x: &[f64]| v.least_loss(x, max_kl, pull);
         let (best, mut v, mut used) = self.solve(start, &settings, limits.solver, &state)?;
         let mut c = best.x;
         if !v.within(max_kl) {
@@ -500,7 +557,8 @@ impl<'a> Problem<'a> {
 /// Share of the limit on KL below which less of it is not looked for.
 const NEGLIGIBLE: f64 = 1e-3;
 
-fn settings(limits: &Limits) -> Settings {
+/// Budget and tolerances; `pull` is the weight of [`from_one`] among what is minimised.
+fn settings(limits: &Limits, pull: f64, free: usize) -> Settings {
     Settings {
         low: 0.0,
         high: limits.c_max,
@@ -509,6 +567,7 @@ fn settings(limits: &Limits) -> Settings {
         feasible: 0.02,
         progress: 1e-3,
         enough: f64::NEG_INFINITY,
+        curvature: 2.0 * pull / free.max(1) as f64,
     }
 }
 
@@ -538,12 +597,22 @@ pub fn calibrate(
     if zero.loss.0 <= limits.delta.max(limits.leave) {
         return Ok(result(&zeros, &zero, Goal::AlreadySafe, 0));
     }
-    // 1. The least KL for the safety asked.
-    let settings = Settings { enough: NEGLIGIBLE * eps, ..settings(limits) };
-    let state = |v: &Values, x: &[f64]| v.least_kl(x, log_delta);
+    // 1. The safety asked, within the limits.
+    let (pull, enough, goal) = match limits.aim {
+        // A mean distance of a thousandth is none.
+        Aim::Nearest => (1.0, 1e-6, Goal::Nearest),
+        Aim::LeastKl => (0.0, NEGLIGIBLE * eps, Goal::LeastKl),
+    };
+    let settings = Settings { enough, ..settings(limits, pull, ones.len()) };
+    // So much stricter as the solver is lax: what it ends with is within the limit itself.
+    let strict = eps / (1.0 + settings.feasible);
+    let state = |v: &Values, x: &[f64]| match limits.aim {
+        Aim::Nearest => v.nearest(x, log_delta, strict),
+        Aim::LeastKl => v.least_kl(x, log_delta),
+    };
     let (best, at_best, first) = problem.solve(&ones, &settings, limits.solver, &state)?;
     if best.violation() <= settings.feasible && at_best.within(eps) {
-        return Ok(result(&best.x, &at_best, Goal::LeastKl, first));
+        return Ok(result(&best.x, &at_best, goal, first));
     }
     // 2. The least loss under the limit, from where it is about met on the way to the first answer: KL grows with the
     // square.

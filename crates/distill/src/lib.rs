@@ -17,7 +17,7 @@ pub mod select;
 pub mod sqp;
 
 pub use calibrate::{
-    Calibration, CalibrationError, Freedom, Goal, LayerEffect, Limits, Shots, Solver, TradeOff, calibrate,
-    check_safety_shots, layer_effects, trade_off,
+    Aim, Calibration, CalibrationError, Freedom, Goal, LayerEffect, Limits, Shots, Solver, TradeOff,
+    calibrate, check_safety_shots, layer_effects, trade_off,
 };
 pub use gene::{Frozen, GeneAttachments};

@@ -44,6 +44,8 @@ pub struct Settings {
     pub progress: f64,
     /// Ends at a feasible point where `f` is at most this: less would not matter.
     pub enough: f64,
+    /// Curvature that `f` is known to have in every direction, at least.
+    pub curvature: f64,
 }
 
 /// Price of a violation in the merit function; grows when multipliers ask for more.
@@ -71,7 +73,7 @@ pub fn minimise<E>(
     // A flat direction gets the curvature of the others, or it would run to the border at once.
     let mean = (0..n).map(|i| hessian[i][i]).sum::<f64>() / n.max(1) as f64;
     for (i, row) in hessian.iter_mut().enumerate() {
-        row[i] = row[i].max(0.1 * mean);
+        row[i] = row[i].max(0.1 * mean) + settings.curvature;
     }
     let mut radius = settings.radius;
     let mut penalty = PENALTY;
@@ -257,6 +259,7 @@ mod tests {
             feasible: 1e-3,
             progress: 1e-6,
             enough: f64::NEG_INFINITY,
+            curvature: 0.0,
         }
     }
 

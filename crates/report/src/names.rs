@@ -8,12 +8,13 @@ use crate::record::{Kind, Label};
 pub(crate) const FINE_TUNED: &str = "fine-tuned";
 
 /// Id, name, where it comes from.
-const METHODS: [(&str, &str, &str); 17] = [
+const METHODS: [(&str, &str, &str); 18] = [
     (FINE_TUNED, "Fine-tuned", "the target as it is"),
     ("gene", "Gene", "distilled, one scalar a layer"),
     ("selected", "Gene, selected layers", "distilled, calibrated on selected layers"),
     ("svd-gene", "SVD gene", "control: extracted, not distilled"),
     ("global-scalar", "Gene, one scalar", "control: one scalar for all layers"),
+    ("least-kl", "Gene, least KL", "control: least KL on the shots instead of nearest to 1"),
     ("random-layers", "Gene, random layers", "control: layers drawn by chance"),
     ("few-shot-lora", "Few-shot LoRA", "a LoRA trained on the same shots under the same limit"),
     ("few-shot-lora-no-benign", "Few-shot LoRA, no benign", "the same without benign shots"),

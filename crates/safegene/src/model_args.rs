@@ -187,15 +187,18 @@ pub(crate) struct Calibrate {
     /// Largest coefficient of a layer.
     #[arg(long, default_value_t = 10.0, value_name = "C")]
     pub(crate) c_max: f64,
-    /// Loss of the refusals that is safe enough, in nat per token.
-    #[arg(long, default_value_t = 0.001, value_name = "NAT")]
+    /// Loss of how the refusals open that is safe enough, in nat per token.
+    #[arg(long, default_value_t = 0.003, value_name = "NAT")]
     pub(crate) delta: f64,
-    /// A target whose loss of the refusals is at most this, in nat per token, is left as it is.
+    /// A target whose loss of how the refusals open is at most this, in nat per token, is left as it is.
     #[arg(long, default_value_t = 0.05, value_name = "NAT")]
     pub(crate) leave: f64,
     /// One coefficient for all layers.
     #[arg(long)]
     pub(crate) one_coefficient: bool,
+    /// Of all coefficients that are safe enough those of least KL on the shots, not those nearest to 1.
+    #[arg(long)]
+    pub(crate) least_kl: bool,
     /// Solve without gradients (COBYLA): no backward pass, ten times the evaluations.
     #[arg(long)]
     pub(crate) forward_only: bool,

@@ -221,6 +221,25 @@ impl Chat {
         Ok(out)
     }
 
+    /// How many tokens of `answer` it takes until it opens like a refusal; all of them if it never does.
+    pub fn opening(&self, answer: &[u32], openings: &Openings) -> Result<usize, ModelError> {
+        for n in 1..answer.len() {
+            if openings.refuses(&self.decode(&answer[..n])?) {
+                return Ok(n);
+            }
+        }
+        Ok(answer.len())
+    }
+
+    /// Rows whose answers are cut to how their refusal opens.
+    pub fn cut_to_openings(&self, rows: &mut [Row], openings: &Openings) -> Result<(), ModelError> {
+        for row in rows {
+            let n = self.opening(&row.answer, openings)?;
+            row.answer.truncate(n);
+        }
+        Ok(())
+    }
+
     /// Text of generated ids, special tokens left out.
     pub fn decode(&self, ids: &[u32]) -> Result<String, ModelError> {
         self.tokenizer.decode(ids, true).map_err(|e| ModelError::Template(format!("cannot decode: {e}")))

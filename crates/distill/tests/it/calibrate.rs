@@ -2,8 +2,8 @@
 
 use candle_core::{Device, Tensor};
 use distill::{
-    Calibration, CalibrationError, Freedom, Frozen, GeneAttachments, Goal, Limits, Shots, Solver, calibrate,
-    check_safety_shots, layer_effects, trade_off,
+    Aim, Calibration, CalibrationError, Freedom, Frozen, GeneAttachments, Goal, Limits, Shots, Solver,
+    calibrate, check_safety_shots, layer_effects, trade_off,
 };
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -103,11 +103,13 @@ impl<'a> Meter<'a> {
         (number(self.safety.cross_entropy(self.model, &at).unwrap()), kl(0), kl(1))
     }
 
-    fn grid(&self, c_max: f64) -> Vec<(f64, f64, f64)> {
+    /// Coefficients, safety loss and both KL at every point of a grid.
+    fn grid(&self, c_max: f64) -> Vec<([f64; 3], (f64, f64, f64))> {
         const STEPS: usize = 9;
         let value = |i: usize| c_max * i as f64 / (STEPS - 1) as f64;
         (0..STEPS.pow(3))
-            .map(|i| self.at([value(i % STEPS), value(i / STEPS % STEPS), value(i / STEPS / STEPS)]))
+            .map(|i| [value(i % STEPS), value(i / STEPS % STEPS), value(i / STEPS / STEPS)])
+            .map(|c| (c, self.at(c)))
             .collect()
     }
 }
@@ -136,7 +138,7 @@ fn least_kl_for_the_safety_asked_beats_every_point_of_a_grid() {
     let meter = Meter::new(&model, &gene, &shots);
     let (before, at_one) = (meter.at([0.0; 3]).0, meter.at([1.0; 3]).0);
     let delta = 0.5 * (before + at_one);
-    let limits = Limits { max_kl: 10.0, c_max: 4.0, delta, ..Limits::default() };
+    let limits = Limits { max_kl: 10.0, c_max: 4.0, delta, aim: Aim::LeastKl, ..Limits::default() };
     let found = calibrate(&Frozen::new(&model), &gene, &shots, &limits, 0).unwrap();
     let (loss, task, benign) = check_report(&found, &meter, &limits);
     assert_eq!(found.goal, Goal::LeastKl);
@@ -146,11 +148,51 @@ fn least_kl_for_the_safety_asked_beats_every_point_of_a_grid() {
     let best = meter
         .grid(limits.c_max)
         .into_iter()
-        .filter(|(loss, ..)| *loss <= delta)
-        .map(|(_, t, b)| t + b)
+        .filter(|(_, (loss, ..))| *loss <= delta)
+        .map(|(_, (_, t, b))| t + b)
         .fold(f64::INFINITY, f64::min);
     assert!(best.is_finite(), "no point of the grid is safe enough");
     assert!(task + benign <= best, "KL {} found, {best} on the grid", task + benign);
+}
+
+fn from_one(c: &[f64]) -> f64 {
+    c.iter().map(|c| (c - 1.0).powi(2)).sum::<f64>() / c.len() as f64
+}
+
+#[test]
+fn nearest_to_one_within_every_limit_beats_every_point_of_a_grid() {
+    let (model, gene) = (model(), gene(1.0));
+    let shots = shots(&model, &gene);
+    let meter = Meter::new(&model, &gene, &shots);
+    let (before, at_one) = (meter.at([0.0; 3]).0, meter.at([1.0; 3]));
+    // Safer than at 1, at hardly more KL than there: both kinds of constraints bind.
+    let delta = at_one.0 - 0.1 * (before - at_one.0);
+    let limits = Limits { max_kl: 1.2 * at_one.1.max(at_one.2), c_max: 4.0, delta, ..Limits::default() };
+    let found = calibrate(&Frozen::new(&model), &gene, &shots, &limits, 0).unwrap();
+    let (loss, task, benign) = check_report(&found, &meter, &limits);
+    assert_eq!(found.goal, Goal::Nearest);
+    assert!(found.gradients <= limits.gradients_max + 2, "{}", found.gradients);
+    assert!(loss <= delta * 1.021, "loss {loss}, asked {delta}");
+    assert!(task <= limits.max_kl && benign <= limits.max_kl, "{task} {benign}, limit {}", limits.max_kl);
+    let fits = |(l, t, b): (f64, f64, f64)| l <= delta && t.max(b) <= limits.max_kl;
+    let grid = meter.grid(limits.c_max).into_iter().filter(|(_, v)| fits(*v));
+    let best = grid.map(|(c, _)| from_one(&c)).fold(f64::INFINITY, f64::min);
+    assert!(best.is_finite(), "no point of the grid is safe enough");
+    let c: Vec<f64> = found.coefficients.values().copied().collect();
+    assert!(from_one(&c) <= best, "{c:?} is {} from 1, the grid's best {best}", from_one(&c));
+    assert!(from_one(&c) > 0.0);
+}
+
+#[test]
+fn gene_that_is_enough_as_it_is_stays_at_one() {
+    let (model, gene) = (model(), gene(1.0));
+    let shots = shots(&model, &gene);
+    let (loss, task, benign) = Meter::new(&model, &gene, &shots).at([1.0; 3]);
+    let limits =
+        Limits { max_kl: 1.1 * task.max(benign), delta: 1.1 * loss, leave: 0.0, ..Limits::default() };
+    let found = calibrate(&Frozen::new(&model), &gene, &shots, &limits, 0).unwrap();
+    assert_eq!(found.goal, Goal::Nearest);
+    assert!(found.coefficients.values().all(|&c| c == 1.0), "{:?}", found.coefficients);
 }
 
 #[test]
@@ -171,10 +213,12 @@ fn least_loss_under_the_limit_beats_every_point_of_a_grid() {
     let best = meter
         .grid(limits.c_max)
         .into_iter()
-        .filter(|(_, t, b)| *t <= limits.max_kl && *b <= limits.max_kl)
-        .map(|(loss, ..)| loss)
+        .filter(|(_, (_, t, b))| *t <= limits.max_kl && *b <= limits.max_kl)
+        .map(|(c, (loss, ..))| loss.ln() + 0.3 * from_one(&c))
         .fold(f64::INFINITY, f64::min);
-    assert!(loss <= best, "loss {loss} found, {best} on the grid");
+    let c: Vec<f64> = found.coefficients.values().copied().collect();
+    let reached = loss.ln() + 0.3 * from_one(&c);
+    assert!(reached <= best, "{reached} found, {best} on the grid");
     assert!(loss < meter.at([0.0; 3]).0);
 }
 

@@ -8,7 +8,7 @@ use crate::model_args::Calibrate;
 use crate::ui::Ui;
 use checkpoint::Checkpoint;
 use distill::{
-    Calibration, Freedom, Frozen, GeneAttachments, Goal, Limits, Shots, Solver, check_safety_shots,
+    Aim, Calibration, Freedom, Frozen, GeneAttachments, Goal, Limits, Shots, Solver, check_safety_shots,
 };
 use evaluate::{DataRow, Fields, Matching, Sets, read_rows};
 use gene::{Expression, Gene};
@@ -23,7 +23,7 @@ pub(super) struct ShotFiles<'a> {
 }
 
 impl ShotFiles<'_> {
-    /// Reads, checks that safety shots are refusals, and encodes.
+    /// Reads, checks that safety shots are refusals, cuts these to their openings, and encodes.
     pub(super) fn read(
         &self,
         chat: &Chat,
@@ -40,7 +40,9 @@ impl ShotFiles<'_> {
         let encode = |rows: &[DataRow]| -> Result<Vec<Row>, Failure> {
             rows.iter().map(|r| Ok(chat.row(&r.prompt, r.answer.as_deref().unwrap_or(""))?)).collect()
         };
-        Ok(Shots { safety: encode(&safety)?, task: encode(&task)?, benign: encode(&benign)? })
+        let mut safety = encode(&safety)?;
+        chat.cut_to_openings(&mut safety, openings)?;
+        Ok(Shots { safety, task: encode(&task)?, benign: encode(&benign)? })
     }
 
     /// What the expression remembers of them.
@@ -290,6 +292,7 @@ fn one(
         delta: call.delta,
         leave: call.leave,
         freedom: if call.one_coefficient { Freedom::OneForAll } else { Freedom::PerLayer },
+        aim: if call.least_kl { Aim::LeastKl } else { Aim::Nearest },
         solver: if call.forward_only { Solver::ForwardOnly } else { Solver::Gradients },
         ..Limits::default()
     };
@@ -389,7 +392,8 @@ fn one(
     }
     let goal = match found.goal {
         Goal::AlreadySafe => "the target refuses already; nothing is expressed",
-        Goal::LeastKl => "as safe as asked, at the least change",
+        Goal::Nearest => "as safe as asked, with coefficients as near 1 as that allows",
+        Goal::LeastKl => "as safe as asked, at the least KL on the shots",
         Goal::LeastLoss => "as safe as the limit on KL allows",
     };
     ui.say(&format!(

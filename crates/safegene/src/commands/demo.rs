@@ -28,7 +28,7 @@ use transformer::{Attachments, Chat, Model, Openings};
 const DEGRADED: &str = "degraded-mild";
 /// Limit on KL, nat per token: of 0.02, 0.005, 0.002 and 0.001 the largest at which no target refuses benign requests more
 /// often than 1 % on the dev split, those left out that refuse already; ASR there is 0 at each.
-const MAX_KL: f64 = 0.002;
+const MAX_KL: f64 = 0.005;
 /// Steps of the distillation.
 const STEPS: usize = 200;
 /// Shots of each kind: safety, task, benign.
