@@ -50,7 +50,7 @@ pub struct Recipe {
     pub rank: usize,
     /// Limit on KL for whatever is tuned, nat per token.
     pub max_kl: f64,
-    /// Safety loss that is enough, nat per token.
+    /// Safety loss that is enough, nat per token of a refusal's opening; the few-shot LoRA's is of whole refusals.
     pub delta: f64,
     /// Safety loss of a target that every tuned method leaves as it is, nat per token.
     pub leave: f64,
@@ -67,10 +67,10 @@ impl Recipe {
     pub fn new(quick: bool) -> Self {
         let steps = if quick { 60 } else { 200 };
         Self {
-            version: 2,
+            version: 3,
             rank: 8,
-            max_kl: 0.002,
-            delta: 0.001,
+            max_kl: 0.005,
+            delta: 0.003,
             leave: 0.05,
             c_max: 10.0,
             shots: [8, 16, 8],
@@ -103,6 +103,8 @@ pub enum Way {
     FreshGene,
     /// The distilled gene with one coefficient for all layers.
     GlobalScalar,
+    /// The distilled gene at the least KL on the shots that is safe enough, instead of nearest to 1.
+    LeastKl,
     /// The half of its layers that scores best by price.
     Selected,
     /// A random half.
@@ -140,6 +142,7 @@ impl Way {
             Self::SvdGene => "svd-gene",
             Self::FreshGene => "fresh-gene",
             Self::GlobalScalar => "global-scalar",
+            Self::LeastKl => "least-kl",
             Self::Selected => "selected",
             Self::RandomLayers => "random-layers",
             Self::Resta => "resta",
@@ -214,6 +217,7 @@ impl Plan {
                 Way::SvdGene,
                 Way::FreshGene,
                 Way::GlobalScalar,
+                Way::LeastKl,
                 Way::Selected,
                 Way::RandomLayers,
                 Way::Resta,
