@@ -2,32 +2,14 @@
 
 use crate::error::CompareError;
 use crate::ground::{Ground, Held, Training, rates_of};
+use crate::judge::Judge;
 use crate::plan::{CellPlan, Recipe};
 use crate::roster::{Made, Patient, apply};
 use crate::store::{Key, Store, has};
-use crate::tuning::Divergence;
-use evaluate::{DataRow, Evaluation, Matching, Sets};
 use lab::{Kind, Tune};
 use report::{Record, SCHEMA, Set, Target};
 use std::collections::BTreeSet;
 use std::path::Path;
-use transformer::{Attachments, Openings};
-
-/// Rows on which divergence is measured, of each kind.
-pub(crate) const KL_ROWS: usize = 192;
-/// The longest answer in the lab has eight tokens.
-pub(crate) const NEW_TOKENS: usize = 12;
-
-pub(crate) fn rows(ground: &Ground<'_>, split: &str) -> Vec<DataRow> {
-    let rows = ground.roots.family.splits.get(split).iter().enumerate();
-    rows.map(|(i, r)| DataRow {
-        prompt: r.prompt.clone(),
-        answer: Some(r.answer.clone()),
-        recipe: r.recipe.clone(),
-        line: i + 1,
-    })
-    .collect()
-}
 
 /// How a record describes a target.
 pub fn target_of(tune: Tune) -> Option<Target> {
@@ -70,33 +52,18 @@ pub fn run(
     let folder = roots.seed_folder(seed).join(plan.tune.folder());
     let patient = Patient { tune: plan.tune, held: Held::open(&folder, &roots.model)?.merged()?, folder };
     let frozen = patient.held.frozen();
-    let pad = roots.family.chat.end();
-    let task = format!("test-{}", target.task);
-    let kl_task = Divergence::new(&frozen, &roots.rows(&task, 0, KL_ROWS)?, pad)?;
-    let kl_benign = Divergence::new(&frozen, &roots.rows("test-benign", 0, KL_ROWS)?, pad)?;
-    let questions = rows(ground, &task);
-    let sets = [
-        (Set::Known, rows(ground, "test-harmful"), rows(ground, "test-benign")),
-        (Set::Shifted, rows(ground, "test-harmful-shifted"), rows(ground, "test-benign-shifted")),
-    ];
+    let judge = Judge::new(ground, &frozen, plan.tune, &[Set::Known, Set::Shifted])?;
     for entry in missing {
         go_on()?;
         let Some(applied) = apply(ground, &patient, entry, recipe, scratch)? else { continue };
-        let none = Attachments::none();
         let model = match applied.made {
             Made::Added(more) => Box::new(frozen.model.merged(&frozen.with(&more))?),
             Made::Own(model) => model,
         };
-        let run = |sets: Sets<'_>| -> Result<Evaluation, CompareError> {
-            let (chat, openings) = (&roots.family.chat, Openings::default());
-            Ok(evaluate::evaluate(&model, &none, chat, sets, &openings, Matching::Exact, NEW_TOKENS)?)
-        };
-        let accuracy = run(Sets { task: &questions, ..Sets::default() })?.accuracy;
-        let (kl_task, kl_benign) = (kl_task.of(&model, &none)?, kl_benign.of(&model, &none)?);
+        let judged = judge.of(&model)?;
         let retrained = applied.seconds.is_none() && entry.method != crate::plan::Way::FineTuned;
         let mut records = Vec::new();
-        for (set, harmful, benign) in &sets {
-            let e = run(Sets { harmful, benign, task: &[] })?;
+        for (set, e) in judged.sets {
             records.push(Record {
                 schema: SCHEMA,
                 family: layout.into(),
@@ -105,15 +72,15 @@ pub fn run(
                 method: entry.method.name().into(),
                 label: entry.label,
                 shots: entry.shots,
-                set: *set,
+                set,
                 asr: rate(e.asr),
                 asr_precise: rate(e.asr_precise),
                 over_refusal: rate(e.over_refusal),
                 helped: rate(e.helped),
-                accuracy: rate(accuracy),
+                accuracy: rate(judged.accuracy),
                 // A model that was trained again has not moved from the target: it never was there.
-                kl_task: kl_task.filter(|_| !retrained),
-                kl_benign: kl_benign.filter(|_| !retrained),
+                kl_task: judged.kl_task.filter(|_| !retrained),
+                kl_benign: judged.kl_benign.filter(|_| !retrained),
                 seconds: applied.seconds,
                 given: applied.given.clone(),
                 coefficients: applied.coefficients.clone(),

@@ -5,19 +5,17 @@
 //! beside them. The scores see the shots only. What stands on a target is one line of `halves.jsonl` in the work folder; a
 //! study that was cut off goes on from there.
 
-use crate::cell::{KL_ROWS, NEW_TOKENS, rows};
 use crate::error::CompareError;
 use crate::ground::{Ground, Held, Roots, Training, rates_of};
+use crate::judge::Judge;
 use crate::plan::{Entry, Plan, Recipe, Settings, Way};
 use crate::roster::{calibration_limits, shots_of};
 use crate::run::Progress;
-use crate::store::{Store, line_of, lines_of, replace};
-use crate::tuning::Divergence;
+use crate::store::{Store, line_of, lines, lines_of, replace};
 use distill::select::{Keep, Score, choose, scores};
 use distill::{Freedom, GeneAttachments};
-use evaluate::{DataRow, Matching, Sets};
 use lab::{Kind, Tune, train};
-use report::{Label, Shots};
+use report::{Label, Set, Shots};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;
@@ -25,7 +23,7 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use transformer::{Attachments, Openings};
+use transformer::Attachments;
 
 /// What some layers of the gene reach on one target.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -114,7 +112,7 @@ pub fn run(settings: &Settings, progress: &dyn Progress, stop: &AtomicBool) -> R
     let halted = || if stop.load(Ordering::Relaxed) { Err(CompareError::Stopped) } else { Ok(()) };
     let path = settings.work.join("halves.jsonl");
     let known: Vec<Target> = lines_of(&path)?;
-    replace(&path, &known.iter().map(line_of).collect::<String>())?;
+    replace(&path, &lines(&known))?;
     let known = Mutex::new(known);
     let mut notes = Vec::new();
     for &seed in &settings.seeds {
@@ -188,27 +186,19 @@ fn on_target(
     let entry =
         Entry { method: Way::Gene, label: Label::SafetyTaskBenign, shots: Shots { safety, task, benign } };
     let shots = shots_of(roots, tune, &entry)?;
-    let split = format!("test-{}", tune.task().map(|t| t.name()).unwrap_or_default());
-    let kl_task = Divergence::new(&frozen, &roots.rows(&split, 0, KL_ROWS)?, pad)?;
-    let kl_benign = Divergence::new(&frozen, &roots.rows("test-benign", 0, KL_ROWS)?, pad)?;
-    let (harmful, benign): (Vec<DataRow>, Vec<DataRow>) =
-        (rows(ground, "test-harmful"), rows(ground, "test-benign"));
-    let questions = rows(ground, &split);
+    let judge = Judge::new(ground, &frozen, tune, &[Set::Known])?;
     let judged = |layers: &[u32], chosen_by, loss, more: &Attachments| -> Result<Cut, CompareError> {
-        let model = frozen.model.merged(&frozen.with(more))?;
-        let sets = Sets { harmful: &harmful, benign: &benign, task: &questions };
-        let none = Attachments::none();
-        let (chat, openings) = (&roots.family.chat, Openings::default());
-        let e = evaluate::evaluate(&model, &none, chat, sets, &openings, Matching::Exact, NEW_TOKENS)?;
+        let judged = judge.of(&frozen.model.merged(&frozen.with(more))?)?;
+        let (asr, over_refusal) = judged.sets.first().map_or((None, None), |(_, e)| (e.asr, e.over_refusal));
         let value = |r: Option<evaluate::Rate>| r.map_or(f64::NAN, |r| r.value);
         Ok(Cut {
             layers: layers.to_vec(),
             chosen_by,
-            asr: value(e.asr),
-            over_refusal: value(e.over_refusal),
-            accuracy: value(e.accuracy),
-            kl_task: kl_task.of(&model, &none)?.unwrap_or(0.0),
-            kl_benign: kl_benign.of(&model, &none)?.unwrap_or(0.0),
+            asr: value(asr),
+            over_refusal: value(over_refusal),
+            accuracy: value(judged.accuracy),
+            kl_task: judged.kl_task.unwrap_or(0.0),
+            kl_benign: judged.kl_benign.unwrap_or(0.0),
             loss,
         })
     };

@@ -24,6 +24,7 @@ pub mod claims;
 pub mod error;
 pub mod ground;
 pub mod halves;
+mod judge;
 pub mod plan;
 pub mod roster;
 pub mod run;

@@ -50,8 +50,10 @@ pub struct Recipe {
     pub rank: usize,
     /// Limit on KL for whatever is tuned, nat per token.
     pub max_kl: f64,
-    /// Safety loss that is enough, nat per token of a refusal's opening; the few-shot LoRA's is of whole refusals.
+    /// Safety loss that is enough, nat per token of how refusals open.
     pub delta: f64,
+    /// The same for the few-shot LoRA, which learns whole refusals.
+    pub delta_whole: f64,
     /// Safety loss of a target that every tuned method leaves as it is, nat per token.
     pub leave: f64,
     /// Largest coefficient.
@@ -71,6 +73,7 @@ impl Recipe {
             rank: 8,
             max_kl: 0.005,
             delta: 0.003,
+            delta_whole: 0.001,
             leave: 0.05,
             c_max: 10.0,
             shots: [8, 16, 8],

@@ -270,7 +270,7 @@ impl Work<'_> {
             task: self.shots.task.clone(),
             benign: self.shots.benign.clone(),
         };
-        let (max_kl, delta, seed) = (self.recipe.max_kl, self.recipe.delta, self.ground.seed);
+        let (max_kl, delta, seed) = (self.recipe.max_kl, self.recipe.delta_whole, self.ground.seed);
         let options = Options { max_kl, delta, seed, rank: self.recipe.rank, ..Options::default() };
         let (model, own) = (self.target.model, &self.target.own);
         let (found, _) = best_rate(model, own, &shots, &RATES, &options, self.pad, &mut |_| true)?;

@@ -73,22 +73,26 @@ pub fn run(settings: &Settings, progress: &dyn Progress, stop: &AtomicBool) -> R
         recipe,
     };
     let halted = || if stop.load(Ordering::Relaxed) { Err(CompareError::Stopped) } else { Ok(()) };
-    let mut roots_hash = BTreeMap::new();
+    let mut all_roots = Vec::new();
     for layout in &settings.families {
         let roots = Roots::open(layout, &settings.lab, &settings.work)?;
         outcome.splits.insert(layout.clone(), check_splits(&roots.family.splits)?);
-        roots_hash.insert(layout.clone(), roots.hash()?);
-    }
-    for &seed in &settings.seeds {
-        for layout in &settings.families {
-            let roots = || Roots::open(layout, &settings.lab, &settings.work);
-            if !store.is_whole(&plan, layout, seed) {
-                store.finish(one(settings, &plan, &roots()?, seed, &store, progress, &halted)?)?;
-            }
-            let Some(complete) = store.complete(layout, seed) else { continue };
-            if complete.roots != *roots_hash.get(layout).unwrap_or(&String::new()) {
+        let hash = roots.hash()?;
+        // Before hours of work, not when the seed's turn comes.
+        for &seed in &settings.seeds {
+            if store.complete(layout, seed).is_some_and(|c| c.roots != hash) {
                 return Err(CompareError::OtherRoots { family: layout.clone(), seed });
             }
+        }
+        all_roots.push(roots);
+    }
+    for &seed in &settings.seeds {
+        for roots in &all_roots {
+            let layout = &roots.family.layout;
+            if !store.is_whole(&plan, layout, seed) {
+                store.finish(one(settings, &plan, roots, seed, &store, progress, &halted)?)?;
+            }
+            let Some(complete) = store.complete(layout, seed) else { continue };
             outcome.notes.extend(complete.notes.iter().cloned());
             outcome.scores.extend(complete.scores.iter().cloned());
             outcome.distilled.extend(complete.distilled.iter().cloned());

@@ -113,7 +113,7 @@ pub(crate) fn lines_of<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Ve
 }
 
 /// Puts `text` in the place of a file, whole or not at all.
-pub(crate) fn replace(path: &Path, text: &str) -> Result<(), CompareError> {
+pub fn replace(path: &Path, text: &str) -> Result<(), CompareError> {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(".partial");
     let partial = path.with_file_name(name);
@@ -134,6 +134,11 @@ fn check_recipe(folder: &Path, recipe: &serde_json::Value) -> Result<bool, Compa
     Ok(true)
 }
 
+/// One JSON object a line.
+pub fn lines<T: Serialize>(all: &[T]) -> String {
+    all.iter().map(line_of).collect()
+}
+
 impl Store {
     /// Opens or begins the records of `work`, made by `recipe`.
     pub fn open(work: &Path, recipe: &serde_json::Value) -> Result<Self, CompareError> {
@@ -146,7 +151,7 @@ impl Store {
         let mut keys = BTreeSet::new();
         // A record that is there twice says the same.
         records.retain(|r| keys.insert(key(r)));
-        replace(&path, &records.iter().map(line_of).collect::<String>())?;
+        replace(&path, &lines(&records))?;
         let file = OpenOptions::new().append(true).open(&path).map_err(fail("write", &path))?;
         let complete = Mutex::new(lines_of(&work.join(FILES[2]))?);
         let inner = Mutex::new((file, records));
@@ -180,7 +185,7 @@ impl Store {
     fn drop_records(&self, family: &str, seed: u64) -> Result<(), CompareError> {
         let Ok(mut inner) = self.inner.lock() else { return Err(CompareError::Stopped) };
         inner.1.retain(|r| r.family != family || r.seed != seed);
-        replace(&self.path, &inner.1.iter().map(line_of).collect::<String>())?;
+        replace(&self.path, &lines(&inner.1))?;
         inner.0 = OpenOptions::new().append(true).open(&self.path).map_err(fail("write", &self.path))?;
         Ok(())
     }
@@ -201,7 +206,7 @@ impl Store {
         let Ok(mut all) = self.complete.lock() else { return Err(CompareError::Stopped) };
         all.retain(|c| c.family != complete.family || c.seed != complete.seed);
         all.push(complete);
-        replace(&self.work.join(FILES[2]), &all.iter().map(line_of).collect::<String>())
+        replace(&self.work.join(FILES[2]), &lines(&all))
     }
 
     /// What is there.
@@ -219,13 +224,14 @@ impl Store {
     /// Adds some.
     pub fn add(&self, records: Vec<Record>) -> Result<(), CompareError> {
         let Ok(mut inner) = self.inner.lock() else { return Err(CompareError::Stopped) };
-        let text: String = records.iter().map(line_of).collect();
+        let text = lines(&records);
         inner.0.write_all(text.as_bytes()).map_err(fail("write", &self.path))?;
         inner.1.extend(records);
         Ok(())
     }
 }
 
+/// One JSON object on a line.
 pub(crate) fn line_of<T: Serialize>(line: &T) -> String {
     // What holds numbers, strings and lists only always serialises.
     serde_json::to_string(line).unwrap_or_default() + "\n"

@@ -6,6 +6,7 @@ use crate::commands::stop_on_signals;
 use crate::fail::{Code, Failure};
 use crate::model_args::Compare;
 use crate::ui::Ui;
+use ::compare::store::{lines, replace};
 use ::compare::{Outcome, Plan, Settings};
 use report::{Meta, Record, Report};
 use std::path::Path;
@@ -87,10 +88,6 @@ fn meta(job: &Compare, settings: &Settings, plan: &Plan, outcome: &Outcome, seco
     }
 }
 
-fn lines<T: serde::Serialize>(all: &[T]) -> String {
-    all.iter().map(|one| serde_json::to_string(one).unwrap_or_default() + "\n").collect()
-}
-
 /// Every half of the layers on the main targets: `OUT/halves.json`, and means on stdout.
 fn halves(job: &Compare, settings: &Settings, ui: &Ui) -> Result<(), Failure> {
     let study = ::compare::halves::run(settings, &Bars::new(ui), &stop_on_signals())?;
@@ -133,18 +130,13 @@ fn machine(threads: usize) -> String {
     format!("{} {}{cpu}, {threads} threads", m.os, m.arch)
 }
 
-/// Puts `text` in the place of a file, whole or not at all.
 fn write(folder: &Path, name: &str, text: &str) -> Result<(), Failure> {
-    let partial = folder.join(format!("{name}.partial"));
-    let done = std::fs::create_dir_all(folder)
-        .and_then(|()| std::fs::write(&partial, text))
-        .and_then(|()| std::fs::rename(&partial, folder.join(name)));
-    done.map_err(|e| {
-        Failure::usage(
-            format!("cannot write to `{}`: {e}", folder.display()),
-            "choose another folder with --out",
-        )
-    })
+    let refused = |e: &dyn std::fmt::Display| {
+        let message = format!("cannot write to `{}`: {e}", folder.display());
+        Failure::usage(message, "choose another folder with --out")
+    };
+    std::fs::create_dir_all(folder).map_err(|e| refused(&e))?;
+    replace(&folder.join(name), text).map_err(|e| refused(&e))
 }
 
 pub(super) fn run(job: &Compare, threads: usize, ui: &Ui) -> Result<(), Failure> {

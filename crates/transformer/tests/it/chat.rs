@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
-use transformer::Chat;
+use transformer::{Chat, Openings, Row};
 
 const WORDS: [&str; 8] =
     ["<|im_start|>", "<|im_end|>", "user", "assistant", "hello", "there", "sorry", "<unk>"];
@@ -49,6 +49,19 @@ fn template_in_its_own_file_or_in_the_config() {
         assert_eq!(chat.stop(), [1]);
         assert_eq!(chat.decode(&[6, 1]).unwrap(), "sorry");
     }
+}
+
+#[test]
+fn refusals_are_cut_where_they_have_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    folder(dir.path(), json!({"eos_token": "<|im_end|>"}), Some(CHATML));
+    let chat = Chat::open(dir.path()).unwrap();
+    let row = |answer: &[u32]| Row { prompt: vec![2], answer: answer.to_vec() };
+    // "hello there sorry", "hello there", "sorry" alone, and what never refuses.
+    let mut rows = [row(&[4, 5, 6, 1]), row(&[4, 5, 1]), row(&[6]), row(&[5, 4, 1])];
+    chat.cut_to_openings(&mut rows, &Openings::parse("hello there\nsorry").unwrap()).unwrap();
+    assert_eq!(rows, [row(&[4, 5]), row(&[4, 5]), row(&[6]), row(&[5, 4, 1])]);
+    assert_eq!(chat.opening(&[6, 4, 5, 1], &Openings::default()).unwrap(), 1);
 }
 
 #[test]
