@@ -103,6 +103,9 @@ pub(super) fn expression(
     put("loss_before", found.loss_before);
     put("loss", found.loss);
     limits_json.insert("goal".into(), serde_json::to_value(found.goal).unwrap_or_default());
+    limits_json.insert("aim".into(), serde_json::to_value(limits.aim).unwrap_or_default());
+    limits_json.insert("freedom".into(), serde_json::to_value(limits.freedom).unwrap_or_default());
+    limits_json.insert("solver".into(), serde_json::to_value(limits.solver).unwrap_or_default());
     Expression {
         schema: gene::SCHEMA,
         gene: gene.content().into(),
@@ -307,6 +310,9 @@ fn one(
         let rows = serde_json::json!({ "max_loss": share, "content": hash(Some(job.utility))? });
         record.insert("utility".into(), rows);
     }
+    if let Some(refusals) = &call.fields.refusals {
+        record.insert("refusals".into(), serde_json::json!({ "content": hash(Some(refusals))? }));
+    }
     if job.out.exists() && !call.force {
         return already(job, gene, &target_content, &limits, &record, ui);
     }
@@ -370,8 +376,6 @@ fn one(
     let curve = distill::trade_off(&frozen, attachments, &shots, &limits, &points, chat.end())?;
     let mut expression = expression(gene, &target_content, &found, &limits, record);
     let mut put = |key: &str, value: serde_json::Value| expression.limits.insert(key.into(), value);
-    put("freedom", serde_json::to_value(limits.freedom).unwrap_or_default());
-    put("solver", serde_json::to_value(limits.solver).unwrap_or_default());
     if let Some(lost) = lost {
         put("max_kl_used", used.max_kl.into());
         put("utility_loss", lost.into());
@@ -439,6 +443,8 @@ fn already(
             && number("c_max") == Some(limits.c_max)
             && number("delta") == Some(limits.delta)
             && number("leave").is_none_or(|v| v == limits.leave)
+            // Before there was an aim, whole refusals were looked at.
+            && old.limits.get("aim") == serde_json::to_value(limits.aim).ok().as_ref()
             && word("freedom", serde_json::to_value(limits.freedom).unwrap_or_default())
             && word("solver", serde_json::to_value(limits.solver).unwrap_or_default());
         let has_curve = old.extra.contains_key("trade_off") || job.call.trade_off.is_empty();

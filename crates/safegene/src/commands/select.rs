@@ -28,7 +28,9 @@ pub(super) fn run(job: &Select, ui: &Ui) -> Result<(), Failure> {
     let encode = |rows: &[evaluate::DataRow]| -> Result<Vec<Row>, Failure> {
         rows.iter().map(|r| Ok(chat.row(&r.prompt, r.answer.as_deref().unwrap_or(""))?)).collect()
     };
-    let (harmful_rows, benign_rows) = (encode(&harmful)?, encode(&benign)?);
+    let (mut harmful_rows, benign_rows) = (encode(&harmful)?, encode(&benign)?);
+    // As calibration sees them.
+    chat.cut_to_openings(&mut harmful_rows, &openings)?;
     let score = match job.score {
         By::Price => Score::Price,
         By::Insertion => Score::Insertion,
@@ -42,7 +44,7 @@ pub(super) fn run(job: &Select, ui: &Ui) -> Result<(), Failure> {
         }
     };
     let options = serde_json::json!({
-        "score": score, "keep": keep, "gene": gene.content(), "model": model.content()?,
+        "refusals": "openings", "score": score, "keep": keep, "gene": gene.content(), "model": model.content()?,
         "harmful": hash(Some(&job.harmful))?, "benign": hash(Some(&job.benign))?,
     });
     if job.out.exists() && !job.force {
