@@ -52,7 +52,7 @@ pub fn run(
     let folder = roots.seed_folder(seed).join(plan.tune.folder());
     let patient = Patient { tune: plan.tune, held: Held::open(&folder, &roots.model)?.merged()?, folder };
     let frozen = patient.held.frozen();
-    let judge = Judge::new(ground, &frozen, plan.tune, &[Set::Known, Set::Shifted])?;
+    let judge = Judge::new(ground, &frozen, plan.tune, "test", &[Set::Known, Set::Shifted])?;
     for entry in missing {
         go_on()?;
         let Some(applied) = apply(ground, &patient, entry, recipe, scratch)? else { continue };

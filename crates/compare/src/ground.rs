@@ -367,7 +367,8 @@ impl<'a> Ground<'a> {
         };
         let (gene, fresh) = (open("distilled")?, open("fresh")?);
         let drift = held[0].1.frozen();
-        let (bad, good) = (roots.rows("distill-safety", 0, 64)?, roots.rows("distill-benign", 0, 64)?);
+        let (mut bad, good) = (roots.rows("distill-safety", 0, 64)?, roots.rows("distill-benign", 0, 64)?);
+        roots.family.chat.cut_to_openings(&mut bad, &Openings::default())?;
         let pad = roots.family.chat.end();
         let scores = scores(&drift, &gene, &bad, &good, (&roots.refusal, pad))?;
         Ok(Self { roots, seed, svd: GeneAttachments::new(&svd)?, gene, fresh, scores, notes })

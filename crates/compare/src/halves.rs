@@ -42,7 +42,7 @@ pub struct Cut {
     pub kl_task: f64,
     /// The same on benign test rows.
     pub kl_benign: f64,
-    /// Safety loss on the shots, nat per token.
+    /// Safety loss on the shots, nat.
     pub loss: f64,
 }
 
@@ -186,7 +186,7 @@ fn on_target(
     let entry =
         Entry { method: Way::Gene, label: Label::SafetyTaskBenign, shots: Shots { safety, task, benign } };
     let shots = shots_of(roots, tune, &entry)?;
-    let judge = Judge::new(ground, &frozen, tune, &[Set::Known])?;
+    let judge = Judge::new(ground, &frozen, tune, "test", &[Set::Known])?;
     let judged = |layers: &[u32], chosen_by, loss, more: &Attachments| -> Result<Cut, CompareError> {
         let judged = judge.of(&frozen.model.merged(&frozen.with(more))?)?;
         let (asr, over_refusal) = judged.sets.first().map_or((None, None), |(_, e)| (e.asr, e.over_refusal));

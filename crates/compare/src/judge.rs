@@ -1,4 +1,4 @@
-//! What a model does on the test split: task questions, divergence from the target, one or both sets of prompts.
+//! What a model does on the test (or dev) split: task questions, divergence from the target, one or both sets of prompts.
 
 use crate::error::CompareError;
 use crate::ground::Ground;
@@ -15,6 +15,7 @@ const KL_ROWS: usize = 192;
 const NEW_TOKENS: usize = 12;
 
 /// Rows to judge on.
+#[derive(Debug)]
 struct Prompts {
     set: Set,
     harmful: Vec<DataRow>,
@@ -22,7 +23,8 @@ struct Prompts {
 }
 
 /// Judges what becomes of one target.
-pub(crate) struct Judge<'a> {
+#[derive(Debug)]
+pub struct Judge<'a> {
     chat: &'a Chat,
     questions: Vec<DataRow>,
     prompts: Vec<Prompts>,
@@ -31,15 +33,16 @@ pub(crate) struct Judge<'a> {
 }
 
 /// What it finds.
-pub(crate) struct Judged {
+#[derive(Debug, Clone)]
+pub struct Judged {
     /// Task questions answered right.
-    pub(crate) accuracy: Option<Rate>,
+    pub accuracy: Option<Rate>,
     /// KL from the target on task rows, nat per token.
-    pub(crate) kl_task: Option<f64>,
+    pub kl_task: Option<f64>,
     /// The same on benign rows.
-    pub(crate) kl_benign: Option<f64>,
+    pub kl_benign: Option<f64>,
     /// By set of prompts, in the order asked for.
-    pub(crate) sets: Vec<(Set, Evaluation)>,
+    pub sets: Vec<(Set, Evaluation)>,
 }
 
 fn rows(ground: &Ground<'_>, split: &str) -> Vec<DataRow> {
@@ -54,21 +57,23 @@ fn rows(ground: &Ground<'_>, split: &str) -> Vec<DataRow> {
 }
 
 impl<'a> Judge<'a> {
-    /// Of models that come from `target`, a fine-tune `tune`, on some sets of prompts.
-    pub(crate) fn new(
+    /// Of models that come from `target`, a fine-tune `tune`, on some sets of prompts of the split `test` or `dev` (which has no
+    /// shifted ones).
+    pub fn new(
         ground: &'a Ground<'_>,
         target: &Frozen<'_>,
         tune: Tune,
+        split: &str,
         sets: &[Set],
     ) -> Result<Self, CompareError> {
         let (roots, pad) = (ground.roots, ground.roots.family.chat.end());
-        let task = format!("test-{}", tune.task().map(|t| t.name()).unwrap_or_default());
+        let task = format!("{split}-{}", tune.task().map(|t| t.name()).unwrap_or_default());
         let prompts = |&set: &Set| {
             let end = match set {
                 Set::Known => "",
                 Set::Shifted => "-shifted",
             };
-            let of = |kind: &str| rows(ground, &format!("test-{kind}{end}"));
+            let of = |kind: &str| rows(ground, &format!("{split}-{kind}{end}"));
             Prompts { set, harmful: of("harmful"), benign: of("benign") }
         };
         Ok(Self {
@@ -76,12 +81,12 @@ impl<'a> Judge<'a> {
             questions: rows(ground, &task),
             prompts: sets.iter().map(prompts).collect(),
             kl_task: Divergence::new(target, &roots.rows(&task, 0, KL_ROWS)?, pad)?,
-            kl_benign: Divergence::new(target, &roots.rows("test-benign", 0, KL_ROWS)?, pad)?,
+            kl_benign: Divergence::new(target, &roots.rows(&format!("{split}-benign"), 0, KL_ROWS)?, pad)?,
         })
     }
 
     /// Of a model.
-    pub(crate) fn of(&self, model: &Model) -> Result<Judged, CompareError> {
+    pub fn of(&self, model: &Model) -> Result<Judged, CompareError> {
         let (none, openings) = (Attachments::none(), Openings::default());
         let run = |sets: Sets<'_>| {
             evaluate::evaluate(model, &none, self.chat, sets, &openings, Matching::Exact, NEW_TOKENS)

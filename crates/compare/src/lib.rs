@@ -7,6 +7,7 @@
 //! | `roster.rs` | how does a method make a target safe again, and what was it given? |
 //! | `tuning.rs` | what does a rival's setting do on the shots? |
 //! | `cell.rs` | what do the methods reach on one target? |
+//! | `judge.rs` | what does a model do on the test split? |
 //! | `claims.rs` | what is claimed of the gene, and do the records hold it? |
 //! | `halves.rs` | does selection earn its place among all halves of the layers? |
 //! | `store.rs` | which records are there already? |
@@ -24,7 +25,7 @@ pub mod claims;
 pub mod error;
 pub mod ground;
 pub mod halves;
-mod judge;
+pub mod judge;
 pub mod plan;
 pub mod roster;
 pub mod run;

@@ -50,11 +50,11 @@ pub struct Recipe {
     pub rank: usize,
     /// Limit on KL for whatever is tuned, nat per token.
     pub max_kl: f64,
-    /// Safety loss that is enough, nat per token of how refusals open.
+    /// Safety loss that is enough, nat for how a refusal opens.
     pub delta: f64,
-    /// The same for the few-shot LoRA, which learns whole refusals.
+    /// The same for the few-shot LoRA, which learns whole refusals, nat per token.
     pub delta_whole: f64,
-    /// Safety loss of a target that every tuned method leaves as it is, nat per token.
+    /// Safety loss of a target that every tuned method leaves as it is, nat for how a refusal opens.
     pub leave: f64,
     /// Largest coefficient.
     pub c_max: f64,

@@ -3,13 +3,13 @@
 //! That one scalar a layer is tuned in each target on a few examples is SafeGene's (arXiv 2606.06519); the two problems
 //! below, their limits and the solver are our own definitions, because no source states any.
 //!
-//! With `L` the loss of the wanted refusals on the safety shots and `KL` how far the target moves on the task shots and
-//! on the benign shots (nat per token, each averaged over its own tokens):
+//! With `L` the loss of the wanted answers on the safety shots (nat per answer: `−log p` of all its tokens, mean over shots) and
+//! `KL` how far the target moves on the task shots and on the benign shots (nat per token, each averaged over its own tokens):
 //!
 //! 1. the least `mean_l (c_l − 1)²` such that `L ≤ δ`, `KL_task ≤ ε` and `KL_benign ≤ ε`;
 //!    ([`Aim::LeastKl`] asks for the least `KL_task + KL_benign` such that `L ≤ δ` instead);
 //! 2. where no `c` is that safe within the limits: the least `log L + 0.3 · mean_l (c_l − 1)²` such that `KL_task ≤ ε` and
-//!    `KL_benign ≤ ε`.
+//!    `KL_benign ≤ ε`, or nothing where that makes refusals no likelier ([`Aim::LeastKl`]: the least `L`).
 //!
 //! The gene was distilled to be added once, on many rows; a handful of shots says where that is not enough or too much, and
 //! little about anything else. So coefficients leave 1 only as far as the shots ask for. For the same reason safety rows
@@ -140,9 +140,9 @@ pub struct Limits {
     pub max_kl: f64,
     /// Largest coefficient.
     pub c_max: f64,
-    /// δ: safety loss that is enough, nat per token.
+    /// δ: safety loss that is enough, nat per answer.
     pub delta: f64,
-    /// Safety loss of a target that is left as it is, nat per token: one that refuses already can only lose.
+    /// Safety loss of a target that is left as it is, nat per answer: one that refuses already can only lose.
     #[serde(default)]
     pub leave: f64,
     /// Evaluations with gradients in each of the two problems; without gradients ten times as many.
@@ -202,7 +202,7 @@ pub enum Goal {
     Nearest,
     /// The safety asked for, within the limits, at the least KL.
     LeastKl,
-    /// The safety asked for costs more than the limit: as safe as the limit allows.
+    /// The safety asked for costs more than the limit: about as safe as the limit allows.
     LeastLoss,
 }
 
@@ -213,7 +213,7 @@ pub struct Calibration {
     pub coefficients: BTreeMap<u32, f64>,
     /// Which problem gave them.
     pub goal: Goal,
-    /// Safety loss without the gene, nat per token.
+    /// Safety loss without the gene, nat per answer.
     pub loss_before: f64,
     /// Safety loss at coefficient 1 everywhere.
     pub loss_at_one: f64,
@@ -234,7 +234,7 @@ pub struct LayerEffect {
     pub layer: u32,
     /// Its coefficient.
     pub coefficient: f64,
-    /// Safety loss with this coefficient at 0 and the others as they are, nat per token.
+    /// Safety loss with this coefficient at 0 and the others as they are, nat per answer.
     pub loss_without: f64,
     /// KL on task and benign shots then, nat per token.
     pub kl_without: f64,
@@ -245,7 +245,7 @@ pub struct LayerEffect {
 pub struct TradeOff {
     /// The limit, nat per token.
     pub max_kl: f64,
-    /// Safety loss, nat per token.
+    /// Safety loss, nat per answer.
     pub loss: f64,
     /// KL on the task shots.
     pub kl_task: f64,
@@ -382,7 +382,7 @@ impl<'a> Problem<'a> {
             target,
             gene,
             freedom,
-            safety: AnswerBatch::new(&shots.safety, pad),
+            safety: AnswerBatch::of_whole_answers(&shots.safety, pad),
             task: set(&shots.task)?,
             benign: if shots.benign.is_empty() { None } else { Some(set(&shots.benign)?) },
         })
@@ -497,7 +497,13 @@ impl<'a> Problem<'a> {
                 }
             }
         };
-        let constraints = at(start).map_or(0, |p| p.h.len());
+        let first = at(start);
+        if let Some(p) =
+            first.as_ref().filter(|p| p.violation() <= settings.feasible && p.f <= settings.enough)
+        {
+            return Ok((p.clone(), 1));
+        }
+        let constraints = first.map_or(0, |p| p.h.len());
         // After an error every value is flat, so that the solver ends soon.
         let objective = |x: &[f64], _: &mut ()| at(x).map_or(0.0, |p| p.f);
         let at = &at;
@@ -524,13 +530,12 @@ impl<'a> Problem<'a> {
         start: &[f64],
         limits: &Limits,
         max_kl: f64,
+        pull: f64,
     ) -> Result<(Vec<f64>, Values, usize), CalibrationError> {
-        let pull = match limits.aim {
-            Aim::Nearest => PULL,
-            Aim::LeastKl => 0.0,
-        };
-        let settings = Settings { radius: 1.0, ..settings(limits, pull, start.len()) };
-        let state = |v: &Values, x: &[f64]| v.least_loss(x, max_kl, pull);
+        let curvature = 2.0 * pull / start.len().max(1) as f64;
+        let settings = Settings { radius: 1.0, curvature, ..settings(limits) };
+        let strict = max_kl / (1.0 + settings.feasible);
+        let state = |v: &Values, x: &[f64]| v.least_loss(x, strict, pull);
         let (best, mut v, mut used) = self.solve(start, &settings, limits.solver, &state)?;
         let mut c = best.x;
         if !v.within(max_kl) {
@@ -557,8 +562,8 @@ impl<'a> Problem<'a> {
 /// Share of the limit on KL below which less of it is not looked for.
 const NEGLIGIBLE: f64 = 1e-3;
 
-/// Budget and tolerances; `pull` is the weight of [`from_one`] among what is minimised.
-fn settings(limits: &Limits, pull: f64, free: usize) -> Settings {
+/// Budget and tolerances.
+fn settings(limits: &Limits) -> Settings {
     Settings {
         low: 0.0,
         high: limits.c_max,
@@ -567,7 +572,7 @@ fn settings(limits: &Limits, pull: f64, free: usize) -> Settings {
         feasible: 0.02,
         progress: 1e-3,
         enough: f64::NEG_INFINITY,
-        curvature: 2.0 * pull / free.max(1) as f64,
+        curvature: 0.0,
     }
 }
 
@@ -598,12 +603,12 @@ pub fn calibrate(
         return Ok(result(&zeros, &zero, Goal::AlreadySafe, 0));
     }
     // 1. The safety asked, within the limits.
-    let (pull, enough, goal) = match limits.aim {
+    let (enough, curvature, goal, pull) = match limits.aim {
         // A mean distance of a thousandth is none.
-        Aim::Nearest => (1.0, 1e-6, Goal::Nearest),
-        Aim::LeastKl => (0.0, NEGLIGIBLE * eps, Goal::LeastKl),
+        Aim::Nearest => (1e-6, 2.0 / ones.len() as f64, Goal::Nearest, PULL),
+        Aim::LeastKl => (NEGLIGIBLE * eps, 0.0, Goal::LeastKl, 0.0),
     };
-    let settings = Settings { enough, ..settings(limits, pull, ones.len()) };
+    let settings = Settings { enough, curvature, ..settings(limits) };
     // So much stricter as the solver is lax: what it ends with is within the limit itself.
     let strict = eps / (1.0 + settings.feasible);
     let state = |v: &Values, x: &[f64]| match limits.aim {
@@ -618,8 +623,10 @@ pub fn calibrate(
     // square.
     let over = (at_best.task.0.max(at_best.benign.0) / eps).max(1.0).sqrt();
     let start: Vec<f64> = best.x.iter().map(|x| x / over).collect();
-    let (c, v, second) = problem.least_loss(&start, limits, eps)?;
-    Ok(result(&c, &v, Goal::LeastLoss, first + second))
+    let (c, v, second) = problem.least_loss(&start, limits, eps, pull)?;
+    // The solver's best need not be better than nothing.
+    let (c, v) = if v.loss.0 < zero.loss.0 { (&c, &v) } else { (&zeros, &zero) };
+    Ok(result(c, v, Goal::LeastLoss, first + second))
 }
 
 /// What each layer's coefficient does on the shots: loss and KL without it.
@@ -661,7 +668,7 @@ pub fn trade_off(
     let mut out = Vec::new();
     for &max_kl in max_kls {
         Limits { max_kl, ..*limits }.check()?;
-        let (c, v, _) = problem.least_loss(&start, limits, max_kl)?;
+        let (c, v, _) = problem.least_loss(&start, limits, max_kl, 0.0)?;
         out.push(TradeOff {
             max_kl,
             loss: v.loss.0,

@@ -187,10 +187,10 @@ pub(crate) struct Calibrate {
     /// Largest coefficient of a layer.
     #[arg(long, default_value_t = 10.0, value_name = "C")]
     pub(crate) c_max: f64,
-    /// Loss of how the refusals open that is safe enough, in nat per token.
+    /// Loss of how the refusals open that is safe enough: −log p of the whole opening, in nat.
     #[arg(long, default_value_t = 0.003, value_name = "NAT")]
     pub(crate) delta: f64,
-    /// A target whose loss of how the refusals open is at most this, in nat per token, is left as it is.
+    /// A target whose loss of how the refusals open is at most this, in nat, is left as it is.
     #[arg(long, default_value_t = 0.05, value_name = "NAT")]
     pub(crate) leave: f64,
     /// One coefficient for all layers.

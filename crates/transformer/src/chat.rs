@@ -221,20 +221,23 @@ impl Chat {
         Ok(out)
     }
 
-    /// How many tokens of `answer` it takes until it opens like a refusal; all of them if it never does.
-    pub fn opening(&self, answer: &[u32], openings: &Openings) -> Result<usize, ModelError> {
-        for n in 1..answer.len() {
+    /// How many tokens of `answer` it takes until it opens like a refusal; `None` if it never does.
+    pub fn opening(&self, answer: &[u32], openings: &Openings) -> Result<Option<usize>, ModelError> {
+        for n in 1..=answer.len() {
             if openings.refuses(&self.decode(&answer[..n])?) {
-                return Ok(n);
+                return Ok(Some(n));
             }
         }
-        Ok(answer.len())
+        Ok(None)
     }
 
-    /// Rows whose answers are cut to how their refusal opens.
+    /// Cuts the answers of rows to how their refusal opens; an answer that never does, as the tokenizer reads it, is an error.
     pub fn cut_to_openings(&self, rows: &mut [Row], openings: &Openings) -> Result<(), ModelError> {
         for row in rows {
-            let n = self.opening(&row.answer, openings)?;
+            let Some(n) = self.opening(&row.answer, openings)? else {
+                let text = self.decode(&row.answer)?.chars().take(80).collect();
+                return Err(ModelError::NoOpening { text });
+            };
             row.answer.truncate(n);
         }
         Ok(())

@@ -54,6 +54,12 @@ pub enum ModelError {
         /// The text.
         text: String,
     },
+    /// A refusal that the tokenizer does not give back as one.
+    #[error("the answer `{text}` never opens like a refusal as this tokenizer decodes it")]
+    NoOpening {
+        /// What it decodes to.
+        text: String,
+    },
     /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
@@ -70,6 +76,7 @@ impl ModelError {
             Self::Chat { .. } => {
                 Some("the model folder must hold tokenizer.json and a chat template (chat_template.jinja or tokenizer_config.json)".into())
             }
+            Self::NoOpening { .. } => Some("name how it opens, as decoded, with --refusals".into()),
             Self::Checkpoint(e) => e.hint(),
             _ => None,
         }

@@ -1,6 +1,7 @@
 //! Losses over answer positions: what a prompt's answer costs, and how far a model has moved.
 //!
-//! Both are means over the tokens of a row, then over rows (nat per token).
+//! Both are means over the tokens of a row, then over rows (nat per token), unless a batch is of whole answers (sums over
+//! tokens: nat per answer).
 
 use crate::attach::Attachments;
 use crate::error::ModelError;
@@ -14,7 +15,7 @@ use std::sync::Arc;
 pub struct Row {
     /// The rendered prompt.
     pub prompt: Vec<u32>,
-    /// The answer, closed with the end-of-turn token.
+    /// The answer, closed with the end-of-turn token, or how it opens.
     pub answer: Vec<u32>,
 }
 
@@ -48,6 +49,13 @@ impl AnswerBatch {
             }
         }
         Self { batch, predictors, targets: Arc::new(targets), weights: Arc::new(weights), firsts }
+    }
+
+    /// [`Self::new`], weighing each answer by its tokens: losses are sums over them, means over rows.
+    pub fn of_whole_answers(rows: &[Row], pad: u32) -> Self {
+        let mut batch = Self::new(rows, pad);
+        batch.weights = Arc::new(vec![1.0 / rows.len() as f32; batch.weights.len()]);
+        batch
     }
 
     /// Prompts and answers as one padded batch.

@@ -103,6 +103,7 @@ pub(super) fn expression(
     put("loss_before", found.loss_before);
     put("loss", found.loss);
     limits_json.insert("goal".into(), serde_json::to_value(found.goal).unwrap_or_default());
+    limits_json.insert("refusals".into(), "openings".into());
     limits_json.insert("aim".into(), serde_json::to_value(limits.aim).unwrap_or_default());
     limits_json.insert("freedom".into(), serde_json::to_value(limits.freedom).unwrap_or_default());
     limits_json.insert("solver".into(), serde_json::to_value(limits.solver).unwrap_or_default());
@@ -398,7 +399,9 @@ fn one(
         Goal::AlreadySafe => "the target refuses already; nothing is expressed",
         Goal::Nearest => "as safe as asked, with coefficients as near 1 as that allows",
         Goal::LeastKl => "as safe as asked, at the least KL on the shots",
-        Goal::LeastLoss => "as safe as the limit on KL allows",
+        Goal::LeastLoss => {
+            "the safety asked for costs more than the limit on KL: about as safe as that allows"
+        }
     };
     ui.say(&format!(
         "wrote `{}`: {goal}; safety loss {:.4} -> {:.4}, KL {:.4} on task shots{} nat per token",

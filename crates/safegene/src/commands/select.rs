@@ -44,7 +44,7 @@ pub(super) fn run(job: &Select, ui: &Ui) -> Result<(), Failure> {
         }
     };
     let options = serde_json::json!({
-        "refusals": "openings", "score": score, "keep": keep, "gene": gene.content(), "model": model.content()?,
+        "refusals": { "cut": "openings", "content": hash(job.fields.refusals.as_deref())? }, "score": score, "keep": keep, "gene": gene.content(), "model": model.content()?,
         "harmful": hash(Some(&job.harmful))?, "benign": hash(Some(&job.benign))?,
     });
     if job.out.exists() && !job.force {

@@ -57,11 +57,19 @@ fn refusals_are_cut_where_they_have_opened() {
     folder(dir.path(), json!({"eos_token": "<|im_end|>"}), Some(CHATML));
     let chat = Chat::open(dir.path()).unwrap();
     let row = |answer: &[u32]| Row { prompt: vec![2], answer: answer.to_vec() };
-    // "hello there sorry", "hello there", "sorry" alone, and what never refuses.
-    let mut rows = [row(&[4, 5, 6, 1]), row(&[4, 5, 1]), row(&[6]), row(&[5, 4, 1])];
-    chat.cut_to_openings(&mut rows, &Openings::parse("hello there\nsorry").unwrap()).unwrap();
-    assert_eq!(rows, [row(&[4, 5]), row(&[4, 5]), row(&[6]), row(&[5, 4, 1])]);
-    assert_eq!(chat.opening(&[6, 4, 5, 1], &Openings::default()).unwrap(), 1);
+    // "hello there sorry", "hello there", and "sorry" alone.
+    let mut rows = [row(&[4, 5, 6, 1]), row(&[4, 5, 1]), row(&[6])];
+    let openings = Openings::parse("hello there\nsorry").unwrap();
+    chat.cut_to_openings(&mut rows, &openings).unwrap();
+    assert_eq!(rows, [row(&[4, 5]), row(&[4, 5]), row(&[6])]);
+    assert_eq!(chat.opening(&[6, 4, 5, 1], &Openings::default()).unwrap(), Some(1));
+    // What never refuses is not taken whole: its loss would mean something else.
+    assert_eq!(chat.opening(&[5, 4, 1], &openings).unwrap(), None);
+    let error = chat.cut_to_openings(&mut [row(&[5, 4, 1])], &openings).unwrap_err();
+    assert!(
+        error.to_string().contains("there hello") && error.hint().unwrap().contains("--refusals"),
+        "{error}"
+    );
 }
 
 #[test]

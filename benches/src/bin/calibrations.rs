@@ -1,0 +1,163 @@
+//! Forms of calibration on the *dev* split of a comparison's targets: how the choice was made that `docs/results.md` tells of.
+//!
+//! A form is `openings|whole:nearest|least-kl:DELTA:MAX_KL`, or `one` for coefficient 1 everywhere. Draw `k` takes the safety and
+//! benign shots `8 k .. 8 k + 8` and the task shots `16 k .. 16 k + 16`; the comparison's are draw 0. The targets and genes
+//! must have been made by `safegene compare` in the work folder. One JSON object a line on stdout.
+
+#![allow(clippy::print_stdout)]
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::Parser;
+use compare::ground::{Ground, Held, Roots};
+use compare::judge::Judge;
+use compare::plan::Recipe;
+use distill::{Aim, GeneAttachments, Limits, Shots};
+use lab::measure::Rates;
+use lab::{LabError, Tune, train};
+use report::Set;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use transformer::Openings;
+
+#[derive(Debug, Parser)]
+struct Args {
+    /// Folder of the families' base and aligned models.
+    #[arg(long, default_value = "lab")]
+    lab: PathBuf,
+    /// Work folder of a comparison.
+    #[arg(long)]
+    work: PathBuf,
+    /// Families.
+    #[arg(long, value_delimiter = ',', required = true)]
+    families: Vec<String>,
+    /// Seed of the fine-tunes.
+    #[arg(long, default_value_t = 11)]
+    seed: u64,
+    /// Targets by name, e.g. `topic-1,topic-1-second`.
+    #[arg(long, value_delimiter = ',', required = true)]
+    targets: Vec<String>,
+    /// Draws of shots, 0 to 3.
+    #[arg(long, value_delimiter = ',', default_value = "0")]
+    draws: Vec<usize>,
+    /// Forms to try.
+    #[arg(long, value_delimiter = ',', required = true)]
+    forms: Vec<String>,
+    /// Targets at a time.
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+}
+
+#[derive(Debug)]
+struct Quiet;
+
+impl lab::Progress for Quiet {
+    fn step(&self, _: &str, _: usize, _: usize, _: &str) {}
+    fn finished(&self, _: &str, _: &Rates) {}
+}
+
+impl compare::Progress for Quiet {
+    fn stage(&self, _: &str, _: usize) {}
+    fn part(&self, _: &str) {}
+}
+
+/// What one form of calibration asks for.
+#[derive(Debug, Clone, Copy)]
+enum Form {
+    One,
+    Calibrated { whole: bool, limits: Limits },
+}
+
+fn form(text: &str, recipe: &Recipe) -> Result<Form> {
+    if text == "one" {
+        return Ok(Form::One);
+    }
+    let [rows, aim, delta, max_kl] = text.split(':').collect::<Vec<_>>()[..] else {
+        bail!("`{text}` is no form; one is openings:nearest:0.003:0.005");
+    };
+    let whole = match rows {
+        "whole" => true,
+        "openings" => false,
+        other => bail!("`{other}` is neither `openings` nor `whole`"),
+    };
+    let aim = match aim {
+        "nearest" => Aim::Nearest,
+        "least-kl" => Aim::LeastKl,
+        other => bail!("`{other}` is neither `nearest` nor `least-kl`"),
+    };
+    let number = |text: &str| text.parse::<f64>().with_context(|| format!("`{text}` is no number"));
+    let (delta, max_kl) = (number(delta)?, number(max_kl)?);
+    Ok(Form::Calibrated {
+        whole,
+        limits: Limits { aim, delta, max_kl, c_max: recipe.c_max, ..Limits::default() },
+    })
+}
+
+fn shots(roots: &Roots, tune: Tune, draw: usize, whole: bool) -> Result<Shots> {
+    let task = format!("shots-{}", tune.task().map(|t| t.name()).unwrap_or_default());
+    let mut safety = roots.rows("shots-safety", 8 * draw, 8)?;
+    if !whole {
+        roots.family.chat.cut_to_openings(&mut safety, &Openings::default())?;
+    }
+    let (task, benign) = (roots.rows(&task, 16 * draw, 16)?, roots.rows("shots-benign", 8 * draw, 8)?);
+    Ok(Shots { safety, task, benign })
+}
+
+/// Every form and draw on one target, a line each.
+fn on_target(args: &Args, ground: &Ground<'_>, name: &str) -> Result<Vec<String>> {
+    let roots = ground.roots;
+    let recipe = Recipe::new(false);
+    let tune = Tune::target(name).with_context(|| format!("`{name}` is no target of the lab"))?;
+    let folder = roots.seed_folder(args.seed).join("targets").join(name);
+    let held = Held::open(&folder, &roots.model)?.merged()?;
+    let (target, pad) = (held.frozen(), roots.family.chat.end());
+    let judge = Judge::new(ground, &target, tune, "dev", &[Set::Known])?;
+    let gene: &GeneAttachments = &ground.gene;
+    let mut out = Vec::new();
+    for &draw in &args.draws {
+        for text in &args.forms {
+            let mut line = serde_json::json!({
+                "family": roots.family.layout, "seed": args.seed, "target": name, "draw": draw, "form": text,
+            });
+            let coefficients: BTreeMap<u32, f64> = match form(text, &recipe)? {
+                Form::One => gene.layers().iter().map(|&l| (l, 1.0)).collect(),
+                Form::Calibrated { whole, limits } => {
+                    let shots = shots(roots, tune, draw, whole)?;
+                    let found = distill::calibrate(&target, gene, &shots, &limits, pad)?;
+                    line["on_shots"] = serde_json::to_value(&found)?;
+                    found.coefficients
+                }
+            };
+            let judged = judge.of(&target.model.merged(&target.with(&gene.at(&coefficients)?))?)?;
+            let value = |r: Option<evaluate::Rate>| r.map(|r| r.value);
+            let known = judged.sets.first().map(|(_, e)| e);
+            line["asr"] = serde_json::to_value(known.and_then(|e| value(e.asr)))?;
+            line["over_refusal"] = serde_json::to_value(known.and_then(|e| value(e.over_refusal)))?;
+            line["accuracy"] = serde_json::to_value(value(judged.accuracy))?;
+            line["kl_task"] = serde_json::to_value(judged.kl_task)?;
+            line["kl_benign"] = serde_json::to_value(judged.kl_benign)?;
+            out.push(line.to_string());
+        }
+    }
+    Ok(out)
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    for family in &args.families {
+        let roots = Roots::open(family, &args.lab, &args.work)?;
+        let ground = Ground::open(&roots, args.seed, &Recipe::new(false), &Quiet)?;
+        let lines: Mutex<BTreeMap<usize, Vec<String>>> = Mutex::new(BTreeMap::new());
+        train::each::<LabError>(args.targets.len(), args.threads, &|i| {
+            let done = on_target(&args, &ground, &args.targets[i])
+                .map_err(|e| LabError::Thread(format!("{}: {e:#}", args.targets[i])))?;
+            if let Ok(mut lines) = lines.lock() {
+                lines.insert(i, done);
+            }
+            Ok(())
+        })?;
+        let lines = lines.into_inner().map_err(|_| anyhow!("a thread died"))?;
+        lines.values().flatten().for_each(|line| println!("{line}"));
+    }
+    Ok(())
+}
