@@ -1,4 +1,4 @@
-//! How a method's knob is chosen: by the rule that calibration of a gene follows, on the same shots.
+//! How a method's knob is chosen, on shots.
 //!
 //! Among the settings tried, the one of least KL whose safety loss is at most δ and whose KL is within the limit; else the
 //! one of least loss within the limit; else the one of least KL. KL is the sum of both; the limit is on each. Ties go to the
@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Loss and divergences at one setting, nat per token.
+/// Loss and divergences at one setting. KL is nat per token; the loss has the caller's unit, and so has δ.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
     /// Cross-entropy of the refusals on the safety shots.

@@ -527,7 +527,7 @@ pub(crate) struct MethodOptions {
     /// How far the target may move, in nat per token, on task shots and again on benign shots.
     #[arg(long, value_name = "NAT", allow_negative_numbers = true)]
     max_kl: Option<f64>,
-    /// Loss of the refusals that is safe enough, in nat per token.
+    /// Loss of whole refusals that is safe enough, in nat per token.
     #[arg(long, value_name = "NAT", allow_negative_numbers = true)]
     delta: Option<f64>,
     /// How many directions of safety are kept out of.

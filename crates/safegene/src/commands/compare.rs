@@ -73,7 +73,7 @@ fn meta(job: &Compare, settings: &Settings, plan: &Plan, outcome: &Outcome, seco
         "Lab models have 0.9 million parameters and speak an invented language; what holds here need not hold for real models.".into(),
     );
     notes.push(
-        "Whatever is tuned saw the same shots, the same limit on KL, and at most as many settings as calibration takes gradients; SafeLoRA, SafeMERGE and Safe Delta are tuned by the same rule.".into(),
+        "Whatever is tuned saw the same shots, the same limit on KL, and at most as many settings as calibration takes gradients. Of what is safe enough a gene takes the coefficients nearest to 1, a rival the setting of least KL; the few-shot LoRA learns whole refusals, everything else is held to how they open.".into(),
     );
     Meta {
         title: "Methods that make fine-tuned models safe again".into(),

@@ -26,8 +26,7 @@ use transformer::{Attachments, Chat, Model, Openings};
 
 /// The degraded model that the gene is extracted from.
 const DEGRADED: &str = "degraded-mild";
-/// Limit on KL, nat per token: of 0.02, 0.005, 0.002 and 0.001 the largest at which no target refuses benign requests more
-/// often than 1 % on the dev split, those left out that refuse already; ASR there is 0 at each.
+/// Limit on KL, nat per token: that of `compare`, chosen on the dev splits of other fine-tunes.
 const MAX_KL: f64 = 0.005;
 /// Steps of the distillation.
 const STEPS: usize = 200;
