@@ -1,6 +1,6 @@
 //! Forms of calibration on the *dev* split of a comparison's targets: how the choice was made that `docs/results.md` tells of.
 //!
-//! A form is `openings|whole:nearest|least-kl:DELTA:MAX_KL`, or `one` for coefficient 1 everywhere. Draw `k` takes the safety and
+//! A form is `openings|whole:nearest|least-kl|few-shot-lora:DELTA:MAX_KL`, or `one` for coefficient 1 everywhere. Draw `k` takes the safety and
 //! benign shots `8 k .. 8 k + 8` and the task shots `16 k .. 16 k + 16`; the comparison's are draw 0. The targets and genes
 //! must have been made by `safegene compare` in the work folder. One JSON object a line on stdout.
 
@@ -14,11 +14,12 @@ use compare::plan::Recipe;
 use distill::{Aim, GeneAttachments, Limits, Shots};
 use lab::measure::Rates;
 use lab::{LabError, Tune, train};
+use recover::few_shot;
 use report::Set;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Mutex;
-use transformer::Openings;
+use transformer::{ModuleFactors, Openings};
 
 #[derive(Debug, Parser)]
 struct Args {
@@ -66,6 +67,7 @@ impl compare::Progress for Quiet {
 enum Form {
     One,
     Calibrated { whole: bool, limits: Limits },
+    FewShot { whole: bool, delta: f64, max_kl: f64 },
 }
 
 fn form(text: &str, recipe: &Recipe) -> Result<Form> {
@@ -80,13 +82,14 @@ fn form(text: &str, recipe: &Recipe) -> Result<Form> {
         "openings" => false,
         other => bail!("`{other}` is neither `openings` nor `whole`"),
     };
+    let number = |text: &str| text.parse::<f64>().with_context(|| format!("`{text}` is no number"));
+    let (delta, max_kl) = (number(delta)?, number(max_kl)?);
     let aim = match aim {
         "nearest" => Aim::Nearest,
         "least-kl" => Aim::LeastKl,
-        other => bail!("`{other}` is neither `nearest` nor `least-kl`"),
+        "few-shot-lora" => return Ok(Form::FewShot { whole, delta, max_kl }),
+        other => bail!("`{other}` is none of `nearest`, `least-kl` and `few-shot-lora`"),
     };
-    let number = |text: &str| text.parse::<f64>().with_context(|| format!("`{text}` is no number"));
-    let (delta, max_kl) = (number(delta)?, number(max_kl)?);
     Ok(Form::Calibrated {
         whole,
         limits: Limits { aim, delta, max_kl, c_max: recipe.c_max, ..Limits::default() },
@@ -119,16 +122,35 @@ fn on_target(args: &Args, ground: &Ground<'_>, name: &str) -> Result<Vec<String>
             let mut line = serde_json::json!({
                 "family": roots.family.layout, "seed": args.seed, "target": name, "draw": draw, "form": text,
             });
-            let coefficients: BTreeMap<u32, f64> = match form(text, &recipe)? {
-                Form::One => gene.layers().iter().map(|&l| (l, 1.0)).collect(),
+            let added = match form(text, &recipe)? {
+                Form::One => gene.at(&gene.layers().iter().map(|&l| (l, 1.0)).collect())?,
                 Form::Calibrated { whole, limits } => {
                     let shots = shots(roots, tune, draw, whole)?;
                     let found = distill::calibrate(&target, gene, &shots, &limits, pad)?;
                     line["on_shots"] = serde_json::to_value(&found)?;
-                    found.coefficients
+                    gene.at(&found.coefficients)?
+                }
+                Form::FewShot { whole, delta, max_kl } => {
+                    let Shots { safety, task, benign } = shots(roots, tune, draw, whole)?;
+                    let shots = few_shot::Shots { safety, task, benign };
+                    let rank = recipe.rank;
+                    let options =
+                        few_shot::Options { delta, max_kl, rank, seed: args.seed, ..Default::default() };
+                    let rates = &few_shot::RATES;
+                    let (found, _) = few_shot::best_rate(
+                        target.model,
+                        &target.own,
+                        &shots,
+                        rates,
+                        &options,
+                        pad,
+                        &mut |_| true,
+                    )?;
+                    line["on_shots"] = serde_json::to_value(found.report)?;
+                    ModuleFactors::attachments(&found.factors)?
                 }
             };
-            let judged = judge.of(&target.model.merged(&target.with(&gene.at(&coefficients)?))?)?;
+            let judged = judge.of(&target.model.merged(&target.with(&added))?)?;
             let value = |r: Option<evaluate::Rate>| r.map(|r| r.value);
             let known = judged.sets.first().map(|(_, e)| e);
             line["asr"] = serde_json::to_value(known.and_then(|e| value(e.asr)))?;

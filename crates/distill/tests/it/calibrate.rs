@@ -169,7 +169,7 @@ fn nearest_to_one_within_every_limit_beats_every_point_of_a_grid() {
     let shots = shots(&model, &gene);
     let meter = Meter::new(&model, &gene, &shots);
     let (before, at_one) = (meter.at([0.0; 3]).0, meter.at([1.0; 3]));
-    let more = at_one.0 - 0.1 * (before - at_one.0);
+    let more = at_one.0 - 0.5 * (before - at_one.0);
     let less = 0.5 * (before + at_one.0);
     // Not safe enough at 1; too far from the target there; and the first again with one coefficient, and without gradients.
     let cases = [
