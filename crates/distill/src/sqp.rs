@@ -44,7 +44,7 @@ pub struct Settings {
     pub progress: f64,
     /// Ends at a feasible point where `f` is at most this: less would not matter.
     pub enough: f64,
-    /// Curvature that `f` is known to have in every direction, at least.
+    /// Curvature that `f` is known to have in every direction; added to the first guess of the Hessian.
     pub curvature: f64,
 }
 
