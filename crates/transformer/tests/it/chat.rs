@@ -72,6 +72,39 @@ fn refusals_are_cut_where_they_have_opened() {
     );
 }
 
+/// A byte-level BPE tokenizer, as most model folders have it: a typographic apostrophe is three tokens.
+#[test]
+fn an_opening_of_byte_level_tokens_ends_with_its_last_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    folder(dir.path(), json!({"eos_token": "<|im_end|>"}), Some(CHATML));
+    let tokens = "<|im_start|> <|im_end|> I Ġ c a n t h e l p â Ģ Ļ ca can Ġcan ' o";
+    let vocab: serde_json::Map<String, Value> =
+        tokens.split(' ').enumerate().map(|(i, t)| (t.to_string(), json!(i))).collect();
+    let path = dir.path().join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let bytes =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    tokenizer["pre_tokenizer"] = bytes.clone();
+    tokenizer["decoder"] = bytes;
+    tokenizer["model"] = json!({"type": "BPE", "vocab": vocab, "merges": ["c a", "ca n", "Ġ can"]});
+    fs::write(&path, tokenizer.to_string()).unwrap();
+    let chat = Chat::open(dir.path()).unwrap();
+    for (text, prefix) in [
+        ("I can\u{2019}t help", "I can\u{2019}t"),
+        ("I can't help", "I can't"),
+        ("I cannot help", "I cannot"),
+    ] {
+        let answer = chat.answer(text).unwrap();
+        let n = chat.opening(&answer, &Openings::default()).unwrap().unwrap();
+        assert_eq!(chat.decode(&answer[..n]).unwrap(), prefix);
+    }
+    // "I", " can", three bytes, "t": one byte less is no text.
+    let answer = chat.answer("I can\u{2019}t help").unwrap();
+    assert_eq!(answer[..6], [2, 17, 12, 13, 14, 7]);
+    assert_eq!(chat.opening(&answer[..5], &Openings::default()).unwrap(), None);
+    assert_eq!(chat.opening(&chat.answer("I can help").unwrap(), &Openings::default()).unwrap(), None);
+}
+
 #[test]
 fn generation_config_names_several_stop_tokens() {
     let dir = tempfile::tempdir().unwrap();
