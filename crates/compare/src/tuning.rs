@@ -50,7 +50,7 @@ impl Meter {
     /// On these shots of `target`.
     pub fn new(target: &Frozen<'_>, shots: &Shots, pad: u32) -> Result<Self, CompareError> {
         Ok(Self {
-            safety: AnswerBatch::of_whole_answers(&shots.safety, pad),
+            safety: AnswerBatch::summed(&shots.safety, pad),
             task: Divergence::new(target, &shots.task, pad)?,
             benign: Divergence::new(target, &shots.benign, pad)?,
         })

@@ -382,7 +382,7 @@ impl<'a> Problem<'a> {
             target,
             gene,
             freedom,
-            safety: AnswerBatch::of_whole_answers(&shots.safety, pad),
+            safety: AnswerBatch::summed(&shots.safety, pad),
             task: set(&shots.task)?,
             benign: if shots.benign.is_empty() { None } else { Some(set(&shots.benign)?) },
         })

@@ -51,8 +51,8 @@ impl AnswerBatch {
         Self { batch, predictors, targets: Arc::new(targets), weights: Arc::new(weights), firsts }
     }
 
-    /// [`Self::new`], weighing each answer by its tokens: losses are sums over them, means over rows.
-    pub fn of_whole_answers(rows: &[Row], pad: u32) -> Self {
+    /// [`Self::new`] with losses that are sums over the tokens of an answer, means over rows.
+    pub fn summed(rows: &[Row], pad: u32) -> Self {
         let mut batch = Self::new(rows, pad);
         batch.weights = Arc::new(vec![1.0 / rows.len() as f32; batch.weights.len()]);
         batch

@@ -89,7 +89,7 @@ impl<'a> Meter<'a> {
             let reference = batch.reference(model, &Attachments::none()).unwrap();
             (batch, reference)
         });
-        Self { model, gene, safety: AnswerBatch::of_whole_answers(&shots.safety, 0), quiet: quiet.into() }
+        Self { model, gene, safety: AnswerBatch::summed(&shots.safety, 0), quiet: quiet.into() }
     }
 
     fn at(&self, c: [f64; 3]) -> (f64, f64, f64) {
