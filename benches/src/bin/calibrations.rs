@@ -11,6 +11,7 @@ use clap::Parser;
 use compare::ground::{Ground, Held, Roots};
 use compare::judge::Judge;
 use compare::plan::Recipe;
+use compare::roster::{few_shot_options, shots_of, whole_shots_of};
 use distill::{Aim, GeneAttachments, Limits, Shots};
 use lab::measure::Rates;
 use lab::{LabError, Tune, train};
@@ -19,7 +20,7 @@ use report::Set;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Mutex;
-use transformer::{ModuleFactors, Openings};
+use transformer::ModuleFactors;
 
 #[derive(Debug, Parser)]
 struct Args {
@@ -97,13 +98,8 @@ fn form(text: &str, recipe: &Recipe) -> Result<Form> {
 }
 
 fn shots(roots: &Roots, tune: Tune, draw: usize, whole: bool) -> Result<Shots> {
-    let task = format!("shots-{}", tune.task().map(|t| t.name()).unwrap_or_default());
-    let mut safety = roots.rows("shots-safety", 8 * draw, 8)?;
-    if !whole {
-        roots.family.chat.cut_to_openings(&mut safety, &Openings::default())?;
-    }
-    let (task, benign) = (roots.rows(&task, 16 * draw, 16)?, roots.rows("shots-benign", 8 * draw, 8)?);
-    Ok(Shots { safety, task, benign })
+    let n = report::Shots { safety: 8, task: 16, benign: 8 };
+    Ok(if whole { whole_shots_of(roots, tune, n, draw)? } else { shots_of(roots, tune, n, draw)? })
 }
 
 /// Every form and draw on one target, a line each.
@@ -133,9 +129,7 @@ fn on_target(args: &Args, ground: &Ground<'_>, name: &str) -> Result<Vec<String>
                 Form::FewShot { whole, delta, max_kl } => {
                     let Shots { safety, task, benign } = shots(roots, tune, draw, whole)?;
                     let shots = few_shot::Shots { safety, task, benign };
-                    let rank = recipe.rank;
-                    let options =
-                        few_shot::Options { delta, max_kl, rank, seed: args.seed, ..Default::default() };
+                    let options = few_shot::Options { delta, max_kl, ..few_shot_options(&recipe, args.seed) };
                     let rates = &few_shot::RATES;
                     let (found, _) = few_shot::best_rate(
                         target.model,

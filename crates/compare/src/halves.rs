@@ -8,14 +8,14 @@
 use crate::error::CompareError;
 use crate::ground::{Ground, Held, Roots, Training, rates_of};
 use crate::judge::Judge;
-use crate::plan::{Entry, Plan, Recipe, Settings, Way};
+use crate::plan::{Plan, Recipe, Settings};
 use crate::roster::{calibration_limits, shots_of};
 use crate::run::Progress;
 use crate::store::{Store, line_of, lines, lines_of, replace};
 use distill::select::{Keep, Score, choose, scores};
 use distill::{Freedom, GeneAttachments};
 use lab::{Kind, Tune, train};
-use report::{Label, Set, Shots};
+use report::{Set, Shots};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;
@@ -183,9 +183,7 @@ fn on_target(
     let held = Held::open(&roots.seed_folder(ground.seed).join(tune.folder()), &roots.model)?.merged()?;
     let frozen = held.frozen();
     let [safety, task, benign] = recipe.shots;
-    let entry =
-        Entry { method: Way::Gene, label: Label::SafetyTaskBenign, shots: Shots { safety, task, benign } };
-    let shots = shots_of(roots, tune, &entry)?;
+    let shots = shots_of(roots, tune, Shots { safety, task, benign }, 0)?;
     let judge = Judge::new(ground, &frozen, tune, "test", &[Set::Known])?;
     let judged = |layers: &[u32], chosen_by, loss, more: &Attachments| -> Result<Cut, CompareError> {
         let judged = judge.of(&frozen.model.merged(&frozen.with(more))?)?;

@@ -15,7 +15,7 @@ use lab::train::{self, Lora};
 use lab::{Kind, Tune, Tuned, Tuner};
 use rand::seq::SliceRandom;
 use recover::knob::choose;
-use recover::{Inputs, Settings};
+use recover::{Inputs, Settings, few_shot};
 use report::{Label, TradeOff};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -61,17 +61,39 @@ pub struct Applied {
 /// Limits of the trade-off that is drawn.
 const TRADE_OFF: [f64; 6] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05];
 
-/// The shots of an entry as tokens, safety shots cut to how their refusal opens.
-pub fn shots_of(roots: &Roots, tune: Tune, entry: &Entry) -> Result<Shots, CompareError> {
+/// So many shots for a target, as tokens, with whole refusals. Draw `k` takes those after the first `k` times as many; a
+/// comparison's is 0.
+pub fn whole_shots_of(
+    roots: &Roots,
+    tune: Tune,
+    n: report::Shots,
+    draw: usize,
+) -> Result<Shots, CompareError> {
     let task = tune.task().map(|t| format!("shots-{}", t.name())).unwrap_or_default();
-    let n = entry.shots;
-    let mut safety = roots.rows("shots-safety", 0, n.safety as usize)?;
-    roots.family.chat.cut_to_openings(&mut safety, &Openings::default())?;
+    let rows = |split: &str, n: u32| roots.rows(split, draw * n as usize, n as usize);
     Ok(Shots {
-        safety,
-        task: roots.rows(&task, 0, n.task as usize)?,
-        benign: roots.rows("shots-benign", 0, n.benign as usize)?,
+        safety: rows("shots-safety", n.safety)?,
+        task: rows(&task, n.task)?,
+        benign: rows("shots-benign", n.benign)?,
     })
+}
+
+/// [`whole_shots_of`], safety shots cut to how their refusal opens.
+pub fn shots_of(roots: &Roots, tune: Tune, n: report::Shots, draw: usize) -> Result<Shots, CompareError> {
+    let mut shots = whole_shots_of(roots, tune, n, draw)?;
+    roots.family.chat.cut_to_openings(&mut shots.safety, &Openings::default())?;
+    Ok(shots)
+}
+
+/// How the few-shot LoRA of a comparison is trained.
+pub fn few_shot_options(recipe: &Recipe, seed: u64) -> few_shot::Options {
+    few_shot::Options {
+        max_kl: recipe.max_kl,
+        delta: recipe.delta_whole,
+        seed,
+        rank: recipe.rank,
+        ..Default::default()
+    }
 }
 
 /// What calibration may spend. Targets that are safe already have been left out before, for every method alike.
@@ -98,7 +120,8 @@ pub fn apply(
         ground,
         patient,
         target: patient.held.frozen(),
-        shots: shots_of(ground.roots, patient.tune, entry)?,
+        n: entry.shots,
+        shots: shots_of(ground.roots, patient.tune, entry.shots, 0)?,
         recipe,
         scratch,
         pad: ground.roots.family.chat.end(),
@@ -201,6 +224,7 @@ struct Work<'a> {
     ground: &'a Ground<'a>,
     patient: &'a Patient<'a>,
     target: Frozen<'a>,
+    n: report::Shots,
     shots: Shots,
     recipe: &'a Recipe,
     scratch: &'a Path,
@@ -263,15 +287,12 @@ impl Work<'_> {
     }
 
     fn few_shot(&self) -> Result<Applied, CompareError> {
-        use recover::few_shot::{Options, RATES, best_rate};
+        use few_shot::{RATES, best_rate};
         // It learns whole refusals: taught openings only, it went further from the target on dev.
-        let shots = recover::few_shot::Shots {
-            safety: self.ground.roots.rows("shots-safety", 0, self.shots.safety.len())?,
-            task: self.shots.task.clone(),
-            benign: self.shots.benign.clone(),
-        };
-        let (max_kl, delta, seed) = (self.recipe.max_kl, self.recipe.delta_whole, self.ground.seed);
-        let options = Options { max_kl, delta, seed, rank: self.recipe.rank, ..Options::default() };
+        let Shots { safety, task, benign } = whole_shots_of(self.ground.roots, self.patient.tune, self.n, 0)?;
+        let shots = few_shot::Shots { safety, task, benign };
+        let options = few_shot_options(self.recipe, self.ground.seed);
+        let few_shot::Options { max_kl, delta, .. } = options;
         let (model, own) = (self.target.model, &self.target.own);
         let (found, _) = best_rate(model, own, &shots, &RATES, &options, self.pad, &mut |_| true)?;
         let given = format!(

@@ -187,13 +187,17 @@ fn extract(job: &BenchRun, device: &Device, memory_bytes: u64, ui: &Ui) -> Resul
         .iter()
         .map(|(what, rate, s)| serde_json::json!({"limit": what, "rate": rate, "seconds": s}))
         .collect();
-    let facts = serde_json::json!({"type": "bench", "schema": 1, "bench": "extract", "engine": device.name(), "model": job.model,
-        "layers": job.layers, "kind": format!("{:?}", job.kind).to_lowercase(), "rank": job.rank, "cold": job.cold, "cached_share": cached, "machine": Machine::new(), "ceilings": ceilings, "wall_s": wall_s, "walls_s": walls,
+    let facts = serde_json::json!({
+        "type": "bench", "schema": 1, "bench": "extract", "engine": device.name(), "model": job.model,
+        "layers": job.layers, "kind": format!("{:?}", job.kind).to_lowercase(), "rank": job.rank,
+        "cold": job.cold, "cached_share": cached, "machine": Machine::new(), "ceilings": ceilings,
+        "wall_s": wall_s, "walls_s": walls,
         "input_bytes": found.input_bytes, "input_gb_s": rate, "operations": operations,
-        "gf_s": operations / wall_s / 1e9, "binding": binding, "share_of_binding": bound_s / wall_s, "limits": limits, "device": meters,
-        "stages": found.stages, "captured": found.captured, "captured_upper_bound": found.captured_upper_bound,
-        "noise_floor": found.noise_floor, "peak_rss_bytes": rss,
-        "memory_budget_bytes": memory_bytes});
+        "gf_s": operations / wall_s / 1e9, "binding": binding, "share_of_binding": bound_s / wall_s,
+        "limits": limits, "device": meters, "stages": found.stages,
+        "captured": found.captured, "captured_upper_bound": found.captured_upper_bound,
+        "noise_floor": found.noise_floor, "peak_rss_bytes": rss, "memory_budget_bytes": memory_bytes,
+    });
     let lines = [
         format!(
             "extract   {} in {wall_s:.2} s: {rate:.2} GB/s, {:.0} GF/s",

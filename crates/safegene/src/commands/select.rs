@@ -44,8 +44,13 @@ pub(super) fn run(job: &Select, ui: &Ui) -> Result<(), Failure> {
         }
     };
     let options = serde_json::json!({
-        "refusals": { "cut": "openings", "content": hash(job.fields.refusals.as_deref())? }, "score": score, "keep": keep, "gene": gene.content(), "model": model.content()?,
-        "harmful": hash(Some(&job.harmful))?, "benign": hash(Some(&job.benign))?,
+        "score": score,
+        "keep": keep,
+        "gene": gene.content(),
+        "model": model.content()?,
+        "harmful": hash(Some(&job.harmful))?,
+        "benign": hash(Some(&job.benign))?,
+        "refusals": { "cut": "openings", "content": hash(job.fields.refusals.as_deref())? },
     });
     if job.out.exists() && !job.force {
         let made = Gene::open(&job.out).ok().and_then(|g| g.manifest().extra.get("selected").cloned());
