@@ -18,13 +18,21 @@ const PAGES: [&str; 5] = ["summary.json", "index.html", "report.md", "claims.jso
 /// What `--halves` writes.
 const HALVES: &str = "halves.json";
 
-/// Refuses a folder that is something else, before the work.
+/// Refuses a folder that is something else or cannot be written to, before hours of work.
 fn check_out(out: &Path) -> Result<(), Failure> {
     if out.exists() && ![PAGES[0], HALVES].iter().any(|file| out.join(file).exists()) {
         let message = format!("output `{}` exists and is no earlier report", out.display());
         return Err(Failure::usage(message, "remove it, or choose another folder with --out"));
     }
-    Ok(())
+    // What is made at the end is made in the folder, or beside the first of its parents that is not there yet.
+    let there = out.ancestors().find(|p| p.exists()).unwrap_or(Path::new("."));
+    let probe = there.join(format!(".safegene-{}", std::process::id()));
+    std::fs::write(&probe, []).and_then(|()| std::fs::remove_file(&probe)).map_err(|e| refused(out, &e))
+}
+
+fn refused(out: &Path, e: &dyn std::fmt::Display) -> Failure {
+    let message = format!("cannot write to `{}`: {e}", out.display());
+    Failure::usage(message, "choose another folder with --out")
 }
 
 /// Records as the tables tell them apart: other numbers of shots are columns of their own.
@@ -131,12 +139,9 @@ fn machine(threads: usize) -> String {
 }
 
 fn write(folder: &Path, name: &str, text: &str) -> Result<(), Failure> {
-    let refused = |e: &dyn std::fmt::Display| {
-        let message = format!("cannot write to `{}`: {e}", folder.display());
-        Failure::usage(message, "choose another folder with --out")
-    };
-    std::fs::create_dir_all(folder).map_err(|e| refused(&e))?;
-    replace(&folder.join(name), text).map_err(|e| refused(&e))
+    std::fs::create_dir_all(folder).map_err(|e| refused(folder, &e))?;
+    let hint = "choose another folder with --out";
+    replace(&folder.join(name), text).map_err(|e| Failure::usage(e.to_string(), hint))
 }
 
 pub(super) fn run(job: &Compare, threads: usize, ui: &Ui) -> Result<(), Failure> {

@@ -419,3 +419,16 @@ fn evaluate_without_any_file_is_a_usage_error() {
         &bench.path("none"),
     );
 }
+
+#[test]
+fn a_comparison_that_cannot_be_written_is_refused_before_the_work() {
+    let bench = Bench::new();
+    let file = bench.path("file");
+    fs::write(&file, "").unwrap();
+    let (out, work) = (file.join("report"), bench.path("work"));
+    let [out_arg, work_arg] = [&out, &work].map(|p| p.to_str().unwrap());
+    let lab = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../lab");
+    let args = ["compare", "--quick", "--lab", lab.to_str().unwrap(), "--work", work_arg, "--out", out_arg];
+    safegene(&args).refused(USAGE, &["cannot write to", "file/report", "--out"], &out);
+    assert!(!work.exists(), "work was begun");
+}
