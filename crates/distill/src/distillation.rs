@@ -212,7 +212,7 @@ pub struct Parts {
     pub keep: f64,
     /// What refusal log-odds lack of the margin, nats.
     pub margin: f64,
-    /// Relative squared distance of hidden states, summed over layers.
+    /// Relative squared distance of hidden states at answer positions, summed over layers; 0 where it has no weight.
     pub hidden: f64,
 }
 
@@ -350,6 +350,18 @@ impl Trained {
     }
 }
 
+/// What comes out of each block.
+fn outputs(taps: &Taps<'_>) -> candle_core::Result<Vec<Tensor>> {
+    taps.inputs.iter().zip(&taps.outputs).map(|(i, o)| i + o).collect()
+}
+
+/// Mean over positions of `‖y − x‖² / ‖x‖²`: `[1]`.
+fn relative_distance(y: &Tensor, x: &Tensor) -> candle_core::Result<Tensor> {
+    let apart = (y - x)?.sqr()?.sum(1)?;
+    let norm = x.sqr()?.sum(1)?.maximum(1e-12)?;
+    (apart / norm)?.mean_all()?.reshape(1)
+}
+
 struct Run<'a> {
     teacher: &'a Frozen<'a>,
     settings: &'a Settings,
@@ -382,20 +394,22 @@ impl Run<'_> {
             parts.set(Parts { safety: number(&kl)?, margin: number(&lack)?, ..parts.get() });
             Ok((kl + (lack * s.margin_weight)?)?)
         };
-        if vars.is_empty() {
-            loss(&batch.logits(frozen.model, student)?)?;
-            return Ok((parts.get(), Vec::new()));
-        }
-        let outputs =
-            taps.map(|t| t.inputs.iter().zip(&t.outputs).map(|(i, o)| i + o).collect::<Result<Vec<_>, _>>());
-        let outputs = outputs.transpose()?;
+        let wanted_states = taps.map(|t| outputs(&t)).transpose()?;
         let distance = |layer: usize, y: &Tensor| -> Result<Tensor, ModelError> {
-            let wanted = &outputs.as_ref().map(|o| o[layer].detach()).unwrap_or(y.detach());
-            let apart = (y - wanted)?.sqr()?.sum_all()?;
-            let relative = (apart / number(&wanted.sqr()?)?.max(1e-12))?;
+            let wanted = wanted_states.as_ref().map(|o| o[layer].detach()).unwrap_or(y.detach());
+            let relative = relative_distance(&batch.at_predictors(y)?, &batch.at_predictors(&wanted)?)?;
             parts.set(Parts { hidden: parts.get().hidden + number(&relative)?, ..parts.get() });
             Ok((relative * s.hidden)?)
         };
+        if vars.is_empty() {
+            let mut taps = wanted_states.is_some().then(Taps::default);
+            let states = frozen.model.hidden(batch.batch(), student, None, taps.as_mut())?;
+            loss(&frozen.model.logits(&states, batch.predictors())?)?;
+            for (layer, y) in taps.map(|t| outputs(&t)).transpose()?.iter().flatten().enumerate() {
+                distance(layer, y)?;
+            }
+            return Ok((parts.get(), Vec::new()));
+        }
         let hidden: Option<transformer::recompute::HiddenLoss<'_>> =
             if s.hidden > 0.0 { Some(&distance) } else { None };
         let (_, grads) = gradients(frozen.model, &batch, student, vars, &loss, hidden)?;
