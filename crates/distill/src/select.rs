@@ -17,6 +17,7 @@
 
 use crate::gene::{Frozen, GeneAttachments};
 use candle_core::Tensor;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -101,6 +102,14 @@ pub enum SelectError {
         keep: String,
         /// Layers of the gene.
         layers: usize,
+    },
+    /// The model overflows with the gene in one layer.
+    #[error("the {score:?} score of layer {layer} is not finite: are the gene's factors sound?")]
+    NotFinite {
+        /// The layer.
+        layer: u32,
+        /// Which score.
+        score: Score,
     },
     /// No layer does any good alone.
     #[error("no layer has a positive score, so no share of their sum can be reached")]
@@ -194,17 +203,20 @@ pub fn scores(
     };
     let loss = |logits: &Tensor| number(&bad.batch.cross_entropy_of(logits)?);
     let (odds_before, loss_before) = (odds(&bad.logits)?, loss(&bad.logits)?);
-    let mut out = Vec::new();
-    for &layer in gene.layers() {
+    let one = |&layer: &u32| -> Result<LayerScore, SelectError> {
         let at_one = bad.logits(reference, gene, layer, 1.0)?;
         let insertion =
             odds(&at_one)? - odds_before - BETA * good.kl(&good.logits(reference, gene, layer, 1.0)?)?;
         let saved = loss_before - loss(&bad.logits(reference, gene, layer, PRICE_AT)?)?;
         let kl = good.kl(&good.logits(reference, gene, layer, PRICE_AT)?)?;
         let activation = bad.change(reference, gene, layer)? - BETA * good.change(reference, gene, layer)?;
-        out.push(LayerScore { layer, price: saved / kl.max(KL_FLOOR).sqrt(), insertion, activation });
-    }
-    Ok(out)
+        let score = LayerScore { layer, price: saved / kl.max(KL_FLOOR).sqrt(), insertion, activation };
+        match Score::ALL.into_iter().find(|&s| !score.get(s).is_finite()) {
+            Some(score) => Err(SelectError::NotFinite { layer, score }),
+            None => Ok(score),
+        }
+    };
+    gene.layers().par_iter().map(one).collect()
 }
 
 /// The layers to keep, ascending. Equal scores go to the earlier layer.

@@ -72,24 +72,39 @@ fn scores_are_those_of_the_formulas() {
 
 #[test]
 fn layer_that_carries_the_effect_is_chosen() {
-    // Layers 0 and 2 hold factors of next to nothing; layer 1 writes what the refusal token reads.
+    // Layers 0 and 2 hold factors of next to nothing; in one direction layer 1 raises the refusal.
     let model = model();
     let (bad, good) = (rows(&model, 1, 6), rows(&model, 2, 6));
     let tensor = |v: Vec<f32>, shape: (usize, usize)| Tensor::from_vec(v, shape, &Device::Cpu).unwrap();
-    let modules = (0..3)
-        .map(|layer| {
-            let size = if layer == 1 { 1.0 } else { 1e-4 };
-            let b: Vec<f32> = noise(16, 77).iter().map(|x| size * x).collect();
-            (layer, ModuleKind::Down, tensor(b, (16, 1)), tensor(noise(24, 78), (1, 24)))
-        })
-        .collect();
-    let gene = GeneAttachments::from_factors(modules);
-    let found = scores(&Frozen::new(&model), &gene, &bad, &good, (&REFUSAL, 0)).unwrap();
-    let moves = |s: &distill::select::LayerScore| s.insertion.abs();
-    assert!(moves(&found[1]) > 100.0 * moves(&found[0]).max(moves(&found[2])), "{found:?}");
-    let most = choose(&found, Score::Insertion, Keep::Top(1)).unwrap();
-    let sign = found[1].insertion > 0.0;
-    assert_eq!(most == [1], sign, "{found:?}");
+    let planted = |sign: f32| {
+        let modules = (0..3)
+            .map(|layer| {
+                let size = if layer == 1 { 0.1 } else { 1e-5 };
+                let b: Vec<f32> = noise(16, 77).iter().map(|x| sign * size * x).collect();
+                (layer, ModuleKind::Down, tensor(b, (16, 1)), tensor(noise(24, 78), (1, 24)))
+            })
+            .collect();
+        let gene = GeneAttachments::from_factors(modules);
+        scores(&Frozen::new(&model), &gene, &bad, &good, (&REFUSAL, 0)).unwrap()
+    };
+    let both = [planted(1.0), planted(-1.0)];
+    for found in &both {
+        let moves = |s: &distill::select::LayerScore| s.insertion.abs();
+        assert!(moves(&found[1]) > 100.0 * moves(&found[0]).max(moves(&found[2])), "{found:?}");
+    }
+    let up = both.iter().find(|found| found[1].insertion > 0.0).expect("one direction raises the refusal");
+    assert_eq!(choose(up, Score::Insertion, Keep::Top(1)).unwrap(), [1], "{up:?}");
+}
+
+#[test]
+fn score_that_is_not_finite_is_an_error() {
+    let model = model();
+    let (bad, good) = (rows(&model, 1, 2), rows(&model, 2, 2));
+    let tensor = |v: Vec<f32>, shape: (usize, usize)| Tensor::from_vec(v, shape, &Device::Cpu).unwrap();
+    let huge = (1, ModuleKind::Down, tensor(vec![3e38; 16], (16, 1)), tensor(vec![3e38; 24], (1, 24)));
+    let gene = GeneAttachments::from_factors(vec![huge]);
+    let error = scores(&Frozen::new(&model), &gene, &bad, &good, (&REFUSAL, 0)).unwrap_err();
+    assert!(matches!(error, SelectError::NotFinite { layer: 1, .. }), "{error}");
 }
 
 #[test]
