@@ -202,7 +202,7 @@ impl From<compare::CompareError> for Failure {
         let hint = e.hint();
         let code = match &e {
             CompareError::Stopped => Code::Temporary,
-            CompareError::OtherWork { .. } => Code::Usage,
+            CompareError::OtherWork { .. } | CompareError::OtherLab { .. } => Code::Usage,
             CompareError::Gate { .. } => Code::No,
             CompareError::Lab(lab::LabError::Unsound { .. }) => Code::No,
             e => inner_code(e, Code::Input),

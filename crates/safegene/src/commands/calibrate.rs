@@ -1,7 +1,7 @@
 //! `safegene calibrate`: the coefficients of a gene in a target.
 
-use crate::commands::evaluate::{chat_of, fields, hash};
-use crate::commands::models::{Shelf, Slot};
+use crate::commands::evaluate::{chat_of, fields, hash, named};
+use crate::commands::models::{Shelf, canonical};
 use crate::commands::{check_folder_of, openings};
 use crate::fail::{Code, Failure};
 use crate::model_args::Calibrate;
@@ -12,6 +12,7 @@ use distill::{
 };
 use evaluate::{DataRow, Fields, Matching, Sets, read_rows};
 use gene::{Expression, Gene};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use transformer::{Attachments, Chat, Openings, Row};
 
@@ -199,12 +200,12 @@ fn filled(call: &Calibrate, rows: Vec<DataRow>) -> Result<Vec<DataRow>, Failure>
 struct Utility<'a> {
     target: &'a Frozen<'a>,
     chat: &'a Chat,
-    rows: Vec<DataRow>,
+    rows: &'a [DataRow],
     right: Vec<bool>,
 }
 
 impl<'a> Utility<'a> {
-    fn new(target: &'a Frozen<'a>, chat: &'a Chat, rows: Vec<DataRow>) -> Result<Self, Failure> {
+    fn new(target: &'a Frozen<'a>, chat: &'a Chat, rows: &'a [DataRow]) -> Result<Self, Failure> {
         let mut out = Self { target, chat, rows, right: Vec::new() };
         out.right = out.right(&Attachments::none())?;
         Ok(out)
@@ -216,7 +217,7 @@ impl<'a> Utility<'a> {
             longest.map(|a| self.chat.answer(a).map(|ids| ids.len())).collect::<Result<Vec<_>, _>>()?;
         let tokens = longest.into_iter().max().unwrap_or(0) + UTILITY_TOKENS;
         let at = self.target.with(more);
-        let sets = Sets { task: &self.rows, ..Sets::default() };
+        let sets = Sets { task: self.rows, ..Sets::default() };
         let given = evaluate::run(self.target.model, &at, self.chat, sets, tokens)?;
         let one = |(row, given): (&DataRow, &String)| {
             let sets = Sets { task: std::slice::from_ref(row), ..Sets::default() };
@@ -250,28 +251,32 @@ pub(super) fn run(call: &Calibrate, ui: &Ui) -> Result<(), Failure> {
     }
     let gene = Gene::open(&call.gene)?;
     let attachments = GeneAttachments::new(&gene)?;
-    // Checked before anything is run: one bad target must not end a batch in its middle.
-    let mut shelf = Shelf::default();
-    let mut opened = Vec::new();
+    let limits = limits(call);
+    // Files are looked at before anything is run: a bad one must not end a batch in its middle.
+    let mut ready = Vec::new();
     for job in &jobs {
-        let target = Checkpoint::open(job.target, call.base.as_deref())?;
-        gene::check_family(&gene, &target)
-            .map_err(|e| Failure::from(e).context(format!("cannot use `{}`", job.target.display())))?;
-        let slot = shelf.open(&target)?;
-        opened.push((job, target, slot));
+        ready.extend(prepare(job, &gene, &limits, ui)?);
     }
+    let folders = ready
+        .iter()
+        .map(|r| Ok(canonical(Shelf::weights_of(&r.target)?.0)))
+        .collect::<Result<Vec<_>, Failure>>()?;
     if jobs.len() > 1 {
         std::fs::create_dir_all(&call.out).map_err(|e| {
             Failure::usage(format!("cannot create `{}`: {e}", call.out.display()), "choose another --out")
         })?;
-        let copies = if shelf.len() == 1 { "copy" } else { "copies" };
-        ui.say(&format!("  opened    {} targets on {} {copies} of weights", jobs.len(), shelf.len()));
+        let copies = folders.iter().collect::<BTreeSet<_>>().len();
+        let copies = if copies == 1 { "1 copy".into() } else { format!("{copies} copies") };
+        ui.say(&format!("  calibrate {} targets on {copies} of weights", ready.len()));
     }
-    let mut refused = None;
-    for (job, target, slot) in &opened {
-        match one(job, &gene, &attachments, target, &shelf, slot, ui) {
+    let (mut shelf, mut refused) = (Shelf::default(), None);
+    for (i, ready) in ready.iter().enumerate() {
+        // What no target needs any more goes first: whole fine-tunes are held one at a time.
+        shelf.keep_only(&folders[i..]);
+        let slot = shelf.open(&ready.target)?;
+        match one(ready, &gene, &attachments, &limits, &shelf.frozen(&slot), ui) {
             Err(failure) if failure.code == Code::No && jobs.len() > 1 => {
-                ui.warn(&format!("{}: {}", job.target.display(), failure.message));
+                ui.warn(&format!("{}: {}", ready.job.target.display(), failure.message));
                 refused = Some(failure);
             }
             other => other?,
@@ -280,17 +285,8 @@ pub(super) fn run(call: &Calibrate, ui: &Ui) -> Result<(), Failure> {
     refused.map_or(Ok(()), Err)
 }
 
-fn one(
-    job: &Job<'_>,
-    gene: &Gene,
-    attachments: &GeneAttachments,
-    target: &Checkpoint,
-    shelf: &Shelf,
-    slot: &Slot,
-    ui: &Ui,
-) -> Result<(), Failure> {
-    let call = job.call;
-    let limits = Limits {
+fn limits(call: &Calibrate) -> Limits {
+    Limits {
         max_kl: call.max_kl,
         c_max: call.c_max,
         delta: call.delta,
@@ -299,24 +295,71 @@ fn one(
         aim: if call.least_kl { Aim::LeastKl } else { Aim::Nearest },
         solver: if call.forward_only { Solver::ForwardOnly } else { Solver::Gradients },
         ..Limits::default()
-    };
-    let chat = chat_of(target)?;
+    }
+}
+
+/// A target whose files are read.
+struct Ready<'a> {
+    job: &'a Job<'a>,
+    target: Checkpoint,
+    content: String,
+    chat: Chat,
+    shots: Shots,
+    utility: Vec<DataRow>,
+    record: serde_json::Map<String, serde_json::Value>,
+}
+
+/// `None` if the output is there already.
+fn prepare<'a>(
+    job: &'a Job<'a>,
+    gene: &Gene,
+    limits: &Limits,
+    ui: &Ui,
+) -> Result<Option<Ready<'a>>, Failure> {
+    let call = job.call;
+    let target = Checkpoint::open(job.target, call.base.as_deref())?;
+    gene::check_family(gene, &target)
+        .map_err(|e| Failure::from(e).context(format!("cannot use `{}`", job.target.display())))?;
+    let chat = chat_of(&target)?;
     let fields = fields(&call.fields);
     let openings = openings(call.fields.refusals.as_deref())?;
     let files =
         ShotFiles { safety: &call.safety_shots, task: job.task, benign: call.benign_shots.as_deref() };
     let shots = files.read(&chat, &fields, &openings, &|rows| filled(call, rows))?;
-    let (target_content, mut record) = (target.content()?, files.record(&shots)?);
+    let (content, mut record) = (target.content()?, files.record(&shots)?);
+    let mut utility = Vec::new();
     if let Some(share) = call.max_utility_loss {
+        utility = read_rows(job.utility, &fields, true)?;
         let rows = serde_json::json!({ "max_loss": share, "content": hash(Some(job.utility))? });
         record.insert("utility".into(), rows);
     }
     if let Some(refusals) = &call.fields.refusals {
         record.insert("refusals".into(), serde_json::json!({ "content": hash(Some(refusals))? }));
     }
-    if job.out.exists() && !call.force {
-        return already(job, gene, &target_content, &limits, &record, ui);
+    if let named @ serde_json::Value::Object(_) = named(&fields) {
+        record.insert("fields".into(), named);
     }
+    if let Some(aligned) = &call.aligned {
+        let content = Checkpoint::open(aligned, call.base.as_deref())?.content()?;
+        record.insert("answered_by".into(), content.into());
+    }
+    if job.out.exists() && !call.force {
+        already(job, gene, &content, limits, &record, ui)?;
+        return Ok(None);
+    }
+    Ok(Some(Ready { job, target, content, chat, shots, utility, record }))
+}
+
+fn one(
+    ready: &Ready<'_>,
+    gene: &Gene,
+    attachments: &GeneAttachments,
+    limits: &Limits,
+    frozen: &Frozen<'_>,
+    ui: &Ui,
+) -> Result<(), Failure> {
+    let Ready { job, chat, shots, .. } = ready;
+    let call = job.call;
     if shots.benign.is_empty() {
         ui.warn("without --benign-shots nothing keeps the model from refusing harmless requests; measure over-refusal");
     }
@@ -327,14 +370,13 @@ fn one(
         shots.task.len(),
         shots.benign.len()
     ));
-    let frozen = shelf.frozen(slot);
     let utility = match call.max_utility_loss {
-        Some(_) => Some(Utility::new(&frozen, &chat, read_rows(job.utility, &fields, true)?)?),
+        Some(_) => Some(Utility::new(frozen, chat, &ready.utility)?),
         None => None,
     };
-    let (mut used, mut found) = (limits, None);
+    let (mut used, mut found) = (*limits, None);
     for halving in 0..=HALVINGS {
-        let try_now = distill::calibrate(&frozen, attachments, &shots, &used, chat.end())?;
+        let try_now = distill::calibrate(frozen, attachments, shots, &used, chat.end())?;
         let Some((utility, allowed)) = utility.as_ref().zip(call.max_utility_loss) else {
             found = Some((try_now, None));
             break;
@@ -355,27 +397,26 @@ fn one(
         let reached = try_now.kl_task.max(try_now.kl_benign.unwrap_or(0.0));
         used.max_kl = 0.5 * used.max_kl.min(reached.max(1e-9));
     }
+    if found.as_ref().is_some_and(|(c, _)| c.raises_safety_loss()) {
+        ui.warn(SWAPPED);
+    }
     let helps = |c: &Calibration| c.goal == Goal::AlreadySafe || c.loss < c.loss_before;
     let Some((found, lost)) = found.filter(|(c, _)| helps(c)) else {
+        let limit = match call.max_utility_loss {
+            Some(share) => format!("--max-utility-loss {share}"),
+            None => format!("--max-kl {}", limits.max_kl),
+        };
         return Err(Failure {
             code: Code::No,
-            message: format!(
-                "`{}` cannot be made safer within --max-utility-loss {}",
-                job.target.display(),
-                call.max_utility_loss.unwrap_or(0.0)
-            ),
+            message: format!("`{}` cannot be made safer by this gene within {limit}", job.target.display()),
             causes: Vec::new(),
             hint: Some("allow more, give more task shots, or use a gene that was distilled on drifts".into()),
         });
     };
-    if found.raises_safety_loss() {
-        ui.warn(SWAPPED);
-    }
-    let effects = distill::layer_effects(&frozen, attachments, &shots, &found, chat.end())?;
-    let mut points = call.trade_off.clone();
-    points.sort_by(f64::total_cmp);
-    let curve = distill::trade_off(&frozen, attachments, &shots, &limits, &points, chat.end())?;
-    let mut expression = expression(gene, &target_content, &found, &limits, record);
+    let effects = distill::layer_effects(frozen, attachments, shots, &found, chat.end())?;
+    let points = sorted(&call.trade_off);
+    let curve = distill::trade_off(frozen, attachments, shots, limits, &points, chat.end())?;
+    let mut expression = expression(gene, &ready.content, &found, limits, ready.record.clone());
     let mut put = |key: &str, value: serde_json::Value| expression.limits.insert(key.into(), value);
     if let Some(lost) = lost {
         put("max_kl_used", used.max_kl.into());
@@ -430,6 +471,18 @@ fn one(
     Ok(())
 }
 
+fn sorted(limits: &[f64]) -> Vec<f64> {
+    let mut out = limits.to_vec();
+    out.sort_by(f64::total_cmp);
+    out
+}
+
+/// The limits of the trade-off curve in an expression.
+fn curve_limits(old: &Expression) -> Vec<f64> {
+    let points = old.extra.get("trade_off").and_then(serde_json::Value::as_array);
+    points.into_iter().flatten().filter_map(|p| p["max_kl"].as_f64()).collect()
+}
+
 /// An output that exists is fine if it was made from the same gene, target, limits and shots.
 fn already(
     job: &Job<'_>,
@@ -450,7 +503,7 @@ fn already(
             && old.limits.get("aim") == serde_json::to_value(limits.aim).ok().as_ref()
             && word("freedom", serde_json::to_value(limits.freedom).unwrap_or_default())
             && word("solver", serde_json::to_value(limits.solver).unwrap_or_default());
-        let has_curve = old.extra.contains_key("trade_off") || job.call.trade_off.is_empty();
+        let has_curve = job.call.trade_off.is_empty() || curve_limits(&old) == sorted(&job.call.trade_off);
         if old.gene == gene.content()
             && old.target == target
             && same_limits

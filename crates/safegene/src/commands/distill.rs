@@ -2,7 +2,7 @@
 //!
 //! What a run has reached lies in `OUT.partial` and is gone on with by the same call: a signal ends it after the step.
 
-use crate::commands::evaluate::{fields, hash};
+use crate::commands::evaluate::{fields, hash, named};
 use crate::commands::models::{Shelf, Slot, same_tokenizer};
 use crate::commands::{openings, percent, stop_on_signals};
 use crate::fail::{Code, Failure};
@@ -243,12 +243,24 @@ fn load(folder: &Path, name: &str, key: &str) -> Option<State> {
     Some(State { step, moments: Moments { step: i32::try_from(step).ok()?, values }, start })
 }
 
-fn start_factors(job: &Distill, aligned: &Side, teacher: &Frozen<'_>) -> Result<Vec<ModuleFactors>, Failure> {
+fn start_factors(
+    job: &Distill,
+    aligned: &Side,
+    teacher: &Frozen<'_>,
+    ui: &Ui,
+) -> Result<Vec<ModuleFactors>, Failure> {
     let Some(path) = &job.gene else {
         return Ok(fresh_factors(teacher.model, job.rank as usize, job.seed));
     };
     let gene = Gene::open(path)?;
     gene::check_family(&gene, &aligned.checkpoint)?;
+    let whole = gene.rest().len();
+    if whole > 0 {
+        ui.warn(&format!(
+            "{whole} tensors that `{}` holds whole (norms, biases) are left out: distillation makes low-rank modules only",
+            path.display()
+        ));
+    }
     let mut out = Vec::new();
     for module in gene.modules().iter().filter(|m| m.class == gene::Class::LowRank) {
         let unknown = || {
@@ -304,7 +316,7 @@ pub(super) fn run(job: &Distill, ui: &Ui) -> Result<(), Failure> {
         "drifts": setup.drifts.iter().map(|d| d.checkpoint.content()).collect::<Result<Vec<_>, _>>()?,
         "safety": hash(Some(&job.safety))?, "benign": hash(Some(&job.benign))?,
         "keep": job.keep.iter().map(|k| hash(Some(k))).collect::<Result<Vec<_>, _>>()?,
-        "openings": setup.openings.list(),
+        "openings": setup.openings.list(), "fields": named(&fields),
     });
     let key = format!("blake3:{}", blake3::hash(options.to_string().as_bytes()).to_hex());
     if job.out.exists() && !job.force {
@@ -339,7 +351,7 @@ pub(super) fn run(job: &Distill, ui: &Ui) -> Result<(), Failure> {
         held.push(Drift { name, frozen, task: task_out });
     }
     let teacher = setup.shelf.frozen(&setup.aligned.slot);
-    let factors = start_factors(job, &setup.aligned, &teacher)?;
+    let factors = start_factors(job, &setup.aligned, &teacher, ui)?;
     let refusal = setup.chat.refusal_tokens(&setup.openings)?;
     const STATE: &str = "distill.safetensors";
     let folder = PartialFolder::open(&job.out, job.force)?;

@@ -13,6 +13,15 @@ pub(super) fn fields(f: &DataFields) -> Fields {
     Fields { prompt: f.prompt_field.clone(), answer: f.answer_field.clone(), ..Fields::default() }
 }
 
+/// Names of the fields, where a result remembers what it was made from; null for the usual ones.
+pub(super) fn named(f: &Fields) -> serde_json::Value {
+    let usual = Fields::default();
+    if (&f.prompt, &f.answer) == (&usual.prompt, &usual.answer) {
+        return serde_json::Value::Null;
+    }
+    serde_json::json!({ "prompt": f.prompt, "answer": f.answer })
+}
+
 pub(super) fn run(job: &Evaluate, ui: &Ui) -> Result<(), Failure> {
     if job.harmful.is_none() && job.benign.is_none() && job.task.is_none() {
         return Err(Failure::usage("nothing to measure", "give at least one of --harmful, --benign, --task"));

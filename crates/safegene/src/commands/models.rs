@@ -20,14 +20,20 @@ pub(super) struct Slot {
 }
 
 impl Shelf {
-    /// Opens a checkpoint: an adapter of low-rank sums over its base, which is opened once; anything else by itself.
-    pub(super) fn open(&mut self, checkpoint: &Checkpoint) -> Result<Slot, Failure> {
+    /// The folder whose weights a checkpoint is run over, and what it adds to them: an adapter of low-rank sums stands
+    /// over its base, anything else by itself.
+    pub(super) fn weights_of(checkpoint: &Checkpoint) -> Result<(&Path, Attachments), Failure> {
         let own = checkpoint.adapter().map(Attachments::of_adapter).transpose()?.flatten();
-        let (folder, own) = match own {
+        Ok(match own {
             Some(own) => (checkpoint.base_dir(), own),
             None => (checkpoint.dir(), Attachments::none()),
-        };
-        let name = std::fs::canonicalize(folder).unwrap_or_else(|_| folder.to_path_buf());
+        })
+    }
+
+    /// Opens a checkpoint; weights that several are run over are opened once.
+    pub(super) fn open(&mut self, checkpoint: &Checkpoint) -> Result<Slot, Failure> {
+        let (folder, own) = Self::weights_of(checkpoint)?;
+        let name = canonical(folder);
         if let Some(at) = self.models.iter().position(|(path, _)| *path == name) {
             return Ok(Slot { at, own });
         }
@@ -48,6 +54,16 @@ impl Shelf {
     pub(super) fn len(&self) -> usize {
         self.models.len()
     }
+
+    /// Lets go of everything but the weights in these folders; slots of what went, or came after it, are void.
+    pub(super) fn keep_only(&mut self, folders: &[PathBuf]) {
+        self.models.retain(|(path, _)| folders.contains(path));
+    }
+}
+
+/// One name for a folder, however it is written.
+pub(super) fn canonical(folder: &Path) -> PathBuf {
+    std::fs::canonicalize(folder).unwrap_or_else(|_| folder.to_path_buf())
 }
 
 /// All checkpoints have to speak the same language: tokens are shared.

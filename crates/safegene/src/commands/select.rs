@@ -1,7 +1,7 @@
 //! `safegene select`: which layers of a gene are kept.
 
 use crate::commands::calibrate::read_refusals;
-use crate::commands::evaluate::{chat_of, fields, hash};
+use crate::commands::evaluate::{chat_of, fields, hash, named};
 use crate::commands::models::Shelf;
 use crate::commands::openings;
 use crate::fail::Failure;
@@ -50,6 +50,7 @@ pub(super) fn run(job: &Select, ui: &Ui) -> Result<(), Failure> {
         "model": model.content()?,
         "harmful": hash(Some(&job.harmful))?,
         "benign": hash(Some(&job.benign))?,
+        "fields": named(&fields),
         "refusals": { "cut": "openings", "content": hash(job.fields.refusals.as_deref())? },
     });
     if job.out.exists() && !job.force {

@@ -234,3 +234,66 @@ fn safety_shots_without_answers_are_answered_by_the_aligned_model() {
     assert!(with.stderr.contains("without --benign-shots"), "{}", with.stderr);
     assert!(read_json(&bench.path("e.json"))["limits"]["solver"] == "forward-only");
 }
+
+/// A call of `calibrate` on the shipped family, and what is added to it.
+fn calibrate(bench: &Bench, gene: &str, more: &[&str]) -> Outcome {
+    let (target, safety, task) = (lab_arg("targets/topic-1"), data("shots-safety"), data("shots-topic"));
+    let (benign, out) = (data("shots-benign"), bench.arg("e.json"));
+    let mut call = vec!["calibrate", "--gene", gene, "--target", &target, "--safety-shots", &safety];
+    call.extend(["--task-shots", &task, "--benign-shots", &benign, "--out", &out]);
+    call.extend(more);
+    safegene(&call)
+}
+
+#[test]
+fn gene_of_swapped_checkpoints_is_named_as_one() {
+    let bench = Bench::new();
+    let (aligned, degraded, gene) = (lab_arg("aligned"), lab_arg("degraded-strong"), bench.arg("swapped"));
+    safegene(&["extract", "--aligned", &degraded, "--degraded", &aligned, "--out", &gene]).ok();
+    let refused = calibrate(&bench, &gene, &[]);
+    assert_eq!(refused.code, 1, "{}", refused.stderr);
+    for word in ["were swapped", "cannot be made safer", "--max-kl"] {
+        assert!(refused.stderr.contains(word), "stderr lacks `{word}`:\n{}", refused.stderr);
+    }
+    assert!(!bench.path("e.json").exists());
+    assert!(!refused.stderr.contains("--max-utility-loss"), "no gate was asked for:\n{}", refused.stderr);
+}
+
+#[test]
+fn what_is_there_was_made_from_the_same_fields_and_curve() {
+    let bench = Bench::new();
+    let gene = bench.gene();
+    let both = |text: &str, name: &str| -> String {
+        let rows = text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap());
+        let rows: Vec<Value> = rows
+            .map(|r| json!({"prompt": r["prompt"], "answer": r["answer"], "other": r["answer"]}))
+            .collect();
+        bench.rows(name, &rows)
+    };
+    let read = |name: &str| fs::read_to_string(lab(&format!("data/{name}.jsonl"))).unwrap();
+    let files =
+        ["shots-safety", "shots-topic", "shots-benign"].map(|f| both(&read(f), &format!("{f}.jsonl")));
+    let (target, out) = (lab_arg("targets/topic-1"), bench.arg("e.json"));
+    let run = |more: &[&str]| {
+        let mut call = vec!["calibrate", "--gene", &gene, "--target", &target, "--safety-shots", &files[0]];
+        call.extend([
+            "--task-shots",
+            &files[1],
+            "--benign-shots",
+            &files[2],
+            "--out",
+            &out,
+            "--one-coefficient",
+        ]);
+        call.extend(more);
+        safegene(&call)
+    };
+    run(&["--trade-off", "0.01"]).ok();
+    for same in [&["--trade-off", "0.01"][..], &[]] {
+        assert!(run(same).ok().stderr.contains("there already"), "{same:?}");
+    }
+    for other in [&["--trade-off", "0.01,0.02"][..], &["--answer-field", "other"]] {
+        let said = run(other);
+        assert!(said.code == 2 && said.stderr.contains("exists"), "{other:?}: {}", said.stderr);
+    }
+}
