@@ -8,25 +8,27 @@ use crate::record::{Kind, Label};
 pub(crate) const FINE_TUNED: &str = "fine-tuned";
 
 /// Id, name, where it comes from.
-const METHODS: [(&str, &str, &str); 18] = [
+const METHODS: [(&str, &str, &str); 20] = [
     (FINE_TUNED, "Fine-tuned", "the target as it is"),
-    ("gene", "Gene", "distilled, one scalar a layer"),
+    ("gene", "Gene", "distilled on drifts of other tasks, one scalar a layer"),
     ("selected", "Gene, selected layers", "distilled, calibrated on selected layers"),
     ("svd-gene", "SVD gene", "control: extracted, not distilled"),
+    ("fresh-gene", "Gene from random factors", "control: distilled, but not from extracted factors"),
     ("global-scalar", "Gene, one scalar", "control: one scalar for all layers"),
     ("least-kl", "Gene, least KL", "control: least KL on the shots instead of nearest to 1"),
     ("random-layers", "Gene, random layers", "control: layers drawn by chance"),
     ("few-shot-lora", "Few-shot LoRA", "a LoRA trained on the same shots under the same limit"),
     ("few-shot-lora-no-benign", "Few-shot LoRA, no benign", "the same without benign shots"),
     ("low-rank-restore", "Low-rank restore", "truncated difference from the aligned model"),
-    ("resta", "RESTA", "arXiv 2402.11746"),
+    ("resta", "RESTA", "arXiv 2402.11746; a degraded checkpoint"),
     ("wise-ft", "WiSE-FT", "arXiv 2412.19512"),
-    ("safelora", "SafeLoRA", "arXiv 2405.16833"),
+    ("safelora", "SafeLoRA", "arXiv 2405.16833; the base model"),
+    ("safelora-orthonormal", "SafeLoRA, orthonormal", "the same with an orthonormal projector"),
     ("safelora-drop", "Drop the LoRA", "control: the LoRA left out on the modules that SafeLoRA takes"),
-    ("safemerge", "SafeMERGE", "arXiv 2503.17239"),
-    ("salora", "SaLoRA", "arXiv 2501.01765"),
-    ("lox", "LoX", "arXiv 2506.15606"),
-    ("safe-delta", "Safe Delta", "arXiv 2505.12038"),
+    ("safemerge", "SafeMERGE", "arXiv 2503.17239; a LoRA trained on further safety rows"),
+    ("salora", "SaLoRA", "arXiv 2501.01765; further safety and task rows, trained again"),
+    ("lox", "LoX", "arXiv 2506.15606; the base model, trained again"),
+    ("safe-delta", "Safe Delta", "arXiv 2505.12038; further safety rows"),
 ];
 
 /// Where a method stands: listed ones first, then the others by id.
@@ -39,8 +41,10 @@ pub(crate) fn method(id: &str) -> &str {
     METHODS.iter().find(|m| m.0 == id).map_or(id, |m| m.1)
 }
 
-/// Where a method comes from; empty for unlisted ones.
+/// Where a method comes from and what it takes besides the aligned model and the shots; empty for unlisted ones. What stands
+/// in brackets behind an id, such as a number of shots, changes nothing.
 pub(crate) fn source(id: &str) -> &'static str {
+    let id = id.split_once(" (").map_or(id, |(method, _)| method);
     METHODS.iter().find(|m| m.0 == id).map_or("", |m| m.2)
 }
 

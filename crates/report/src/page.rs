@@ -136,8 +136,7 @@ pub(crate) fn write(report: &Report) -> String {
 }
 
 const PRICE: &str = "Lower left is better. Targets with harm, known prompts; bars are 95 % intervals; axes are square roots, so that values near 0 keep their distance. A method that refuses 5 % or more of harmless prompts says so at its point. In labels s, t and b are safety, task and benign rows seen.";
-const LAYERS: &str =
-    "What each layer of a gene does by itself. Filled bars were selected. Scales differ from chart to chart.";
+const LAYERS: &str = "What each layer of a gene does by itself in a reference model. Filled bars are the half that scores best there; a method that selects layers may score each target anew. Scales differ from chart to chart.";
 const COEFFICIENTS: &str = "How much of each layer of the gene a target was given; blank where a layer was not selected. Tints are relative to the largest of a table.";
 const TRADEOFF: &str = "Loss on the safety rows, which stands for ASR while tuning, against the limit on KL. Thin lines are targets, the thick one is their median.";
 

@@ -67,7 +67,10 @@ pub(crate) fn methods(cells: &[Cell]) -> Table {
         ]
     });
     let lines = lines.collect();
-    Table::text(&["Method", "Source", "Saw", "Safety + task + benign rows", "Given, tuned with"], lines)
+    Table::text(
+        &["Method", "Source; needs", "Saw", "Safety + task + benign rows", "Given, tuned with"],
+        lines,
+    )
 }
 
 /// Claims and whether they held.
@@ -135,7 +138,7 @@ pub(crate) fn heading(slice: Slice, by: Grouping) -> (&'static str, &'static str
         (Slice::Harmful, Grouping { kind: true, .. }) => (
             "kind",
             "By how targets were made",
-            "Adapters, full fine-tunes, and models that were recovered and fine-tuned again.",
+            "Adapters, full fine-tunes, and models that were fine-tuned twice.",
         ),
         (Slice::Harmful, Grouping { family: true, .. }) => {
             ("family", "By family", "Each family has models and a gene of its own.")

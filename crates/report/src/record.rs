@@ -95,7 +95,7 @@ pub enum Kind {
     Lora,
     /// Every weight was fine-tuned.
     Full,
-    /// Fine-tuned, recovered, and fine-tuned again.
+    /// Fine-tuned, and fine-tuned again on another task.
     Second,
     /// Fine-tuned on harmless rows only.
     BenignOnly,
