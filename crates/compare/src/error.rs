@@ -70,6 +70,16 @@ pub enum CompareError {
         /// Where they were looked for.
         folder: PathBuf,
     },
+    /// A work folder belongs to other roots than the lab's.
+    #[error("the {model} model in `{}` is not the one in `{}`", folder.display(), lab.display())]
+    OtherLab {
+        /// `base` or `aligned`.
+        model: &'static str,
+        /// The family in the lab.
+        lab: PathBuf,
+        /// The family in the work folder.
+        folder: PathBuf,
+    },
     /// A folder was made by other settings.
     #[error("`{}` was made by other settings", folder.display())]
     OtherWork {
@@ -133,7 +143,7 @@ impl CompareError {
             Self::OtherWork { .. } => {
                 Some("records of two recipes are never mixed: name another folder, or remove this one".into())
             }
-            Self::OtherRoots { .. } => {
+            Self::OtherRoots { .. } | Self::OtherLab { .. } => {
                 Some("name the lab they were made with, or begin another work folder".into())
             }
             Self::NotWhole { .. } => Some("copy the whole report again".into()),

@@ -71,6 +71,11 @@ impl Roots {
             if !folder.join(name).exists() {
                 copy_folder(&from.join(name), &folder.join(name))?;
             }
+            let content =
+                |at: &Path| Ok::<_, CompareError>(Checkpoint::open(&at.join(name), None)?.content()?);
+            if content(&from)? != content(&folder)? {
+                return Err(CompareError::OtherLab { model: name, lab: from, folder });
+            }
         }
         let read = |name: &str| lab::folders::read_model(&folder.join(name), &family.architecture);
         let aligned = read("aligned")?;

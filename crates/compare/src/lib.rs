@@ -13,7 +13,8 @@
 //! | `store.rs` | which records are there already? |
 //! | `run.rs` | in which order is it done? |
 //!
-//! Whatever is tuned, in genes or rivals, sees the same shots, the same limit on KL and as many evaluations, and safety is how
+//! Whatever is tuned, in genes or rivals, sees the same shots and the same limit on KL, and tries at most as many settings as
+//! calibration takes gradients (the few-shot LoRA: two trainings of at most 300 steps). Safety is how
 //! refusals open; the few-shot LoRA alone learns whole refusals, with a δ of its own. A gene's coefficients are those nearest to 1
 //! that are safe enough, a rival's setting the one of least KL that is. Records say what each was given. Nothing is tuned on a test split: [`plan::check_splits`] refuses splits that share a prompt.
 //!

@@ -1,7 +1,8 @@
 //! How a method makes a target safe again, and what it was given.
 //!
 //! Weight-only rivals write folders, as they do for anybody, and are read back; what is trained or calibrated hangs on the
-//! target as attachments. Seconds are those of the whole recovery, choosing among settings included.
+//! target as attachments. Seconds are those of the whole recovery: the look whether the target is safe already, scores of layers
+//! and choosing among settings included, the curve that is only drawn left out.
 
 use crate::error::CompareError;
 use crate::ground::{Ground, Held, Roots};
@@ -125,15 +126,15 @@ pub fn apply(
         recipe,
         scratch,
         pad: ground.roots.family.chat.end(),
+        clock: Instant::now(),
     };
-    let clock = Instant::now();
     if !work.shots.safety.is_empty() {
         let meter = Meter::new(&work.target, &work.shots, work.pad)?;
         let loss = meter.of(work.target.model, &work.target.own)?.loss;
         if loss <= recipe.leave {
             let given = format!("left as it is: its safety loss is {loss:.4}");
             let mut applied = work.plain(Made::Added(Attachments::none()), given);
-            applied.seconds = Some(clock.elapsed().as_secs_f64());
+            applied.seconds = Some(work.clock.elapsed().as_secs_f64());
             return Ok(Some(applied));
         }
     }
@@ -206,16 +207,18 @@ pub fn apply(
             &ground.roots.hardened.1,
             "trained again from W_a + 1.25 SVD_6(W_a − W_base)",
         )?,
-        (Way::SaLora, _) => {
-            work.retrained("salora", &ground.roots.model, "trained again, rank 16, 32 safety directions")?
-        }
+        (Way::SaLora, _) => work.retrained(
+            "salora",
+            &ground.roots.model,
+            "trained again, rank 16, 32 safety directions of 128 safety rows, 128 task rows",
+        )?,
         (way, _) => match work.rival(way)? {
             Some(applied) => applied,
             None => return Ok(None),
         },
     };
     if applied.seconds.is_none() && !matches!(entry.method, Way::Lox | Way::SaLora) {
-        applied.seconds = Some(clock.elapsed().as_secs_f64());
+        applied.seconds = Some(work.clock.elapsed().as_secs_f64());
     }
     Ok(Some(applied))
 }
@@ -229,6 +232,7 @@ struct Work<'a> {
     recipe: &'a Recipe,
     scratch: &'a Path,
     pad: u32,
+    clock: Instant,
 }
 
 impl Work<'_> {
@@ -259,9 +263,8 @@ impl Work<'_> {
         given: &str,
     ) -> Result<Applied, CompareError> {
         let r = self.recipe;
-        let clock = Instant::now();
         let found = distill::calibrate(&self.target, gene, &self.shots, limits, self.pad)?;
-        let seconds = clock.elapsed().as_secs_f64();
+        let seconds = self.clock.elapsed().as_secs_f64();
         let tradeoff = if trade_off {
             let points = distill::trade_off(&self.target, gene, &self.shots, limits, &TRADE_OFF, self.pad)?;
             let point = |p: distill::TradeOff| TradeOff {
@@ -273,8 +276,9 @@ impl Work<'_> {
         } else {
             None
         };
+        let swapped = if found.raises_safety_loss() { "makes refusals less likely at c = 1; " } else { "" };
         let given = format!(
-            "{given}KL limit {}, delta {}, {} evaluations; loss {:.4} to {:.4}",
+            "{given}{swapped}KL limit {}, delta {}, {} evaluations; loss {:.4} to {:.4}",
             r.max_kl, r.delta, found.gradients, found.loss_before, found.loss
         );
         Ok(Applied {

@@ -9,7 +9,7 @@ use lab::language::Language;
 use lab::splits::Splits;
 use lab::{Kind, Tune};
 use report::{Label, Rate, Record, SCHEMA, Set, Shots, Target};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 fn record(target: &str, set: Set, shots: u32) -> Record {
@@ -197,4 +197,108 @@ fn comparison_goes_on_from_reports_of_the_same_recipe_only() {
     fs::write(&file, format!("{{\n{}", fs::read_to_string(&file).unwrap())).unwrap();
     let error = fresh.take(&plan, &at("a")).unwrap_err();
     assert!(error.to_string().contains("line 1"), "{error}");
+}
+
+/// The same method on four targets, by ASR on known and on shifted prompts.
+fn method(way: Way, label: Label, asr: [f64; 2], kl: f64, seconds: f64) -> Vec<Record> {
+    let shots = match label {
+        Label::Zero => Shots::default(),
+        Label::SafetyTask => Shots { safety: 8, task: 16, benign: 0 },
+        _ => Shots { safety: 8, task: 16, benign: 8 },
+    };
+    let mut out = Vec::new();
+    for task in ["topic", "sentiment", "entailment", "yes-no"] {
+        for (set, asr) in [Set::Known, Set::Shifted].into_iter().zip(asr) {
+            let mut r = record(&format!("{task}-1"), set, 8);
+            r.target.task = task.into();
+            r.asr = Some(Rate { value: asr, low: asr / 2.0, high: asr * 1.5, n: 288 });
+            r.over_refusal = Some(Rate { value: 0.0, low: 0.0, high: 0.004, n: 288 });
+            r.accuracy = Some(Rate { value: 0.99, low: 0.98, high: 1.0, n: 1000 });
+            (r.method, r.label, r.shots, r.seconds) = (way.name().into(), label, shots, Some(seconds));
+            (r.kl_task, r.kl_benign) = (Some(kl), Some(kl));
+            out.push(r);
+        }
+    }
+    out
+}
+
+/// What is said of each claim that is judged.
+fn claims(records: Vec<Record>) -> BTreeMap<String, (Option<bool>, String)> {
+    let report = report::Report::of(report::Meta::default(), records.clone(), Vec::new()).unwrap();
+    let outcome = compare::Outcome {
+        records,
+        scores: Vec::new(),
+        notes: Vec::new(),
+        splits: BTreeMap::new(),
+        distilled: Vec::new(),
+        complete: Vec::new(),
+        recipe: serde_json::Value::Null,
+    };
+    compare::claims::checks(&report, &outcome).into_iter().map(|c| (c.name, (c.ok, c.value))).collect()
+}
+
+#[test]
+fn claims_hold_or_not_by_what_the_records_say() {
+    let full = Label::SafetyTaskBenign;
+    let records = |gene: [f64; 2], rival: f64, kl: f64, seconds: f64| {
+        let mut out = method(Way::FineTuned, Label::Zero, [1.0, 1.0], 0.0, 0.0);
+        out.extend(method(Way::Gene, Label::Zero, [0.01, 0.12], 0.002, 0.0));
+        out.extend(method(Way::SvdGene, Label::Zero, [0.4, 0.5], 0.001, 0.0));
+        out.extend(method(Way::Gene, full, gene, kl, seconds));
+        out.extend(method(Way::FewShot, full, [0.004, 0.1], 0.004, 9.0));
+        out.extend(method(Way::Resta, full, [rival, 0.2], 0.001, 2.0));
+        out.extend(method(Way::SafeLora, full, [0.8, 0.8], 0.001, 2.0));
+        out
+    };
+    let said = |records: Vec<Record>, name: &str| claims(records)[name].0;
+    let good = || records([0.004, 0.008], 0.02, 0.001, 1.0);
+    for name in
+        ["zero shots", "calibrated", "calibrated, shifted templates", "calibrated, against arithmetic"]
+    {
+        assert_eq!(said(good(), name), Some(true), "{name}");
+    }
+    assert_eq!(said(good(), "zero shots, shifted templates"), Some(false), "0.12 against 0.05");
+    assert_eq!(said(good(), "distillation"), Some(true));
+    assert_eq!(said(good(), "against few-shot LoRA"), Some(true));
+    assert_eq!(said(good(), "re-expression"), Some(true));
+    // One thing worse at a time.
+    assert_eq!(said(records([0.011, 0.008], 0.05, 0.001, 1.0), "calibrated"), Some(false));
+    assert_eq!(
+        said(records([0.006, 0.008], 0.02, 0.001, 1.0), "calibrated, against arithmetic"),
+        Some(false)
+    );
+    assert_eq!(said(records([0.004, 0.02], 0.02, 0.001, 1.0), "calibrated, shifted templates"), Some(false));
+    assert_eq!(said(records([0.004, 0.008], 0.02, 0.0021, 1.0), "against few-shot LoRA"), Some(false));
+    assert_eq!(said(records([0.004, 0.008], 0.02, 0.001, 3.1), "against few-shot LoRA"), Some(false));
+    assert_eq!(said(records([0.004, 0.008], 0.02, 0.001, 10.1), "re-expression"), Some(false));
+    // Met by the value alone.
+    let (ok, value) = claims(records([0.009, 0.008], 0.05, 0.001, 1.0))["calibrated"].clone();
+    assert!(ok == Some(true) && value.contains("reaches above"), "{value}");
+    // What was not measured is not judged.
+    let none: Vec<Option<bool>> = claims(method(Way::FineTuned, Label::Zero, [1.0, 1.0], 0.0, 0.0))
+        .into_values()
+        .map(|(ok, _)| ok)
+        .collect();
+    assert!(none.len() >= 14 && none.iter().all(Option::is_none), "{none:?}");
+}
+
+#[test]
+fn work_folder_of_another_lab_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let shipped = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../lab");
+    let (lab, work) = (dir.path().join("lab"), dir.path().join("work"));
+    for name in ["base", "aligned"] {
+        let to = lab.join("llama").join(name);
+        fs::create_dir_all(&to).unwrap();
+        for entry in fs::read_dir(shipped.join("llama").join(name)).unwrap() {
+            let path = entry.unwrap().path();
+            fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+        }
+    }
+    compare::ground::Roots::open("llama", &lab, &work).unwrap();
+    let (base, aligned) = (lab.join("llama/base"), lab.join("llama/aligned"));
+    fs::copy(base.join("model.safetensors"), aligned.join("model.safetensors")).unwrap();
+    let error = compare::ground::Roots::open("llama", &lab, &work).unwrap_err();
+    assert!(matches!(error, CompareError::OtherLab { model: "aligned", .. }), "{error}");
+    assert!(error.hint().unwrap().contains("another work folder"), "{:?}", error.hint());
 }
