@@ -77,7 +77,7 @@ pub struct Build {
 
 /// The fine-tunes of the shipped family.
 fn tunes() -> Vec<Tune> {
-    let mut out = vec![Tune::Degraded { strong: false }, Tune::Degraded { strong: true }];
+    let mut out = vec![Tune::Degraded { strong: false }, Tune::Degraded { strong: true }, Tune::Safety];
     for task in TESTED {
         out.extend([0, 1, 5].map(|percent| Tune::Target { task, percent, kind: Kind::Lora }));
     }
