@@ -211,7 +211,7 @@ fn method(way: Way, label: Label, asr: [f64; 2], kl: f64, seconds: f64) -> Vec<R
         for (set, asr) in [Set::Known, Set::Shifted].into_iter().zip(asr) {
             let mut r = record(&format!("{task}-1"), set, 8);
             r.target.task = task.into();
-            r.asr = Some(Rate { value: asr, low: asr / 2.0, high: asr * 1.5, n: 288 });
+            r.asr = Some(Rate { value: asr, low: asr / 2.0, high: (asr * 1.5).min(1.0), n: 288 });
             r.over_refusal = Some(Rate { value: 0.0, low: 0.0, high: 0.004, n: 288 });
             r.accuracy = Some(Rate { value: 0.99, low: 0.98, high: 1.0, n: 1000 });
             (r.method, r.label, r.shots, r.seconds) = (way.name().into(), label, shots, Some(seconds));

@@ -249,7 +249,8 @@ fn calibrate(bench: &Bench, gene: &str, more: &[&str]) -> Outcome {
 fn gene_of_swapped_checkpoints_is_named_as_one() {
     let bench = Bench::new();
     let (aligned, degraded, gene) = (lab_arg("aligned"), lab_arg("degraded-strong"), bench.arg("swapped"));
-    safegene(&["extract", "--aligned", &degraded, "--degraded", &aligned, "--out", &gene]).ok();
+    let sides = ["--aligned", &degraded, "--degraded", &aligned];
+    safegene(&[&["extract"], &sides[..], &["--rank", "8", "--out", &gene]].concat()).ok();
     let refused = calibrate(&bench, &gene, &[]);
     assert_eq!(refused.code, 1, "{}", refused.stderr);
     for word in ["were swapped", "cannot be made safer", "--max-kl"] {
