@@ -210,21 +210,13 @@ impl Plan {
                 full(Way::FewShot),
             ];
             let cell = |task| CellPlan { tune: target(task, 1, Kind::Lora), entries: entries.clone() };
-            let (mut first, second) = (cell(TESTED[0]), cell(TESTED[3]));
-            // Everything that needs no training of its own runs once.
-            let once = [
-                Way::LeastKl,
-                Way::Selected,
-                Way::RandomLayers,
-                Way::LowRankRestore,
-                Way::SafeLora,
-                Way::SafeLoraOrthonormal,
-                Way::SafeLoraDrop,
-                Way::SafeMerge,
-                Way::SafeDelta,
-            ];
-            first.entries.extend(once.map(full));
-            first.entries.extend([Way::Gene, Way::FewShot].map(task));
+            let (mut first, mut second) = (cell(TESTED[0]), cell(TESTED[3]));
+            // Everything that trains no model of its own runs once.
+            let gene = [Way::LeastKl, Way::Selected, Way::RandomLayers, Way::SafeMerge, Way::SafeDelta];
+            let weights =
+                [Way::LowRankRestore, Way::SafeLora, Way::SafeLoraOrthonormal, Way::SafeLoraDrop].map(full);
+            first.entries.extend(gene.map(full));
+            second.entries.extend(weights);
             return Self { recipe, cells: vec![first, second] };
         }
         let mut main = vec![zero(Way::FineTuned), zero(Way::Gene), zero(Way::SvdGene), zero(Way::FreshGene)];

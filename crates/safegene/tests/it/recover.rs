@@ -207,8 +207,7 @@ fn safelora_of_a_whole_model_is_that_of_its_adapter() {
 fn safemerge_of_two_adapters() {
     let bench = Bench::new();
     let (target, aligned, base) = (lab_arg("targets/topic-1"), lab_arg("aligned"), lab_arg("base"));
-    // Any other adapter of the family is one for this purpose.
-    let safety = lab_arg("targets/sentiment-0");
+    let safety = lab_arg("safety");
     let inputs = ["--aligned", &aligned, "--base", &base, "--safety-adapter", &safety, "--tau", "1"];
     let out = bench.arg("out");
     let more = [&inputs[..], &["--as", "adapter", "--weight", "0.5"]].concat();
