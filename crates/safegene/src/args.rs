@@ -295,7 +295,7 @@ pub(crate) enum Command {
     Lab(Lab),
     /// Every method in one table: families, targets, methods and sets of prompts, on the lab.
     Compare(crate::model_args::Compare),
-    /// Everything end to end on the shipped family: extract, calibrate, fuse, evaluate.
+    /// Everything end to end on the shipped family: extract, distill, calibrate, fuse, evaluate.
     Demo(Demo),
 }
 

@@ -39,7 +39,7 @@ pub(crate) struct Distill {
     /// Longest answer of the teacher, in tokens.
     #[arg(long, default_value_t = 48, value_name = "N")]
     pub(crate) new_tokens: usize,
-    /// Steps; each sees one drift.
+    /// Steps; each sees one drift, or in its turn the aligned model.
     #[arg(long, default_value_t = 300, value_name = "N")]
     pub(crate) steps: usize,
     /// Safety rows in a step, and as many rows to keep.
@@ -73,7 +73,7 @@ pub(crate) struct Distill {
     /// Attack success that a drift must have, a share: what still refuses teaches nothing.
     #[arg(long, default_value_t = 0.9, value_name = "X")]
     pub(crate) min_asr: f64,
-    /// Share of benign rows that a drift must not refuse.
+    /// Share of benign rows that a drift must not refuse; whether it answers them well is not looked at.
     #[arg(long, default_value_t = 0.5, value_name = "X")]
     pub(crate) min_helped: f64,
     /// Share of each file's rows, its last ones, that is only measured on.
