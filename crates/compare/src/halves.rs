@@ -6,23 +6,18 @@
 //! study that was cut off goes on from there.
 
 use crate::error::CompareError;
-use crate::ground::{Ground, Held, Roots, Training, rates_of};
+use crate::ground::{Ground, Held};
 use crate::judge::Judge;
-use crate::plan::{Plan, Recipe, Settings};
+use crate::plan::{Recipe, Settings};
 use crate::roster::{calibration_limits, shots_of};
 use crate::run::Progress;
-use crate::store::{Store, line_of, lines, lines_of, replace};
+use crate::study::{self, OnTarget, Study};
 use distill::select::{Keep, Score, choose, scores};
 use distill::{Freedom, GeneAttachments};
-use lab::{Kind, Tune, train};
+use lab::Tune;
 use report::{Set, Shots};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
-use std::fs::OpenOptions;
-use std::io::Write;
-use std::path::Path;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use transformer::Attachments;
 
 /// What some layers of the gene reach on one target.
@@ -96,87 +91,27 @@ pub fn subsets(layers: &[u32], k: usize) -> Vec<Vec<u32>> {
     }
 }
 
-/// What the study found.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Study {
-    /// Sorted.
-    pub targets: Vec<Target>,
-    /// Targets that were left out, and why.
-    pub notes: Vec<String>,
+impl OnTarget for Target {
+    fn key(&self) -> (&str, u64, &str) {
+        (&self.family, self.seed, &self.target)
+    }
 }
 
 /// Runs what is missing, in the work folder of a comparison of the same recipe; what it has trained is used.
-pub fn run(settings: &Settings, progress: &dyn Progress, stop: &AtomicBool) -> Result<Study, CompareError> {
-    let plan = Plan::new(false);
-    Store::open(&settings.work, &serde_json::to_value(&plan.recipe).unwrap_or_default())?;
-    let halted = || if stop.load(Ordering::Relaxed) { Err(CompareError::Stopped) } else { Ok(()) };
-    let path = settings.work.join("halves.jsonl");
-    let known: Vec<Target> = lines_of(&path)?;
-    replace(&path, &lines(&known))?;
-    let known = Mutex::new(known);
-    let mut notes = Vec::new();
-    for &seed in &settings.seeds {
-        for layout in &settings.families {
-            let there: BTreeSet<String> = known.lock().map_or_else(
-                |_| BTreeSet::new(),
-                |all| {
-                    all.iter()
-                        .filter(|t| t.family == *layout && t.seed == seed)
-                        .map(|t| t.target.clone())
-                        .collect()
-                },
-            );
-            let is_main = |t: &Tune| matches!(t, Tune::Target { percent: 1, kind: Kind::Lora, .. });
-            let mut tunes: Vec<Tune> = plan.cells.iter().map(|c| c.tune).filter(is_main).collect();
-            tunes.retain(|t| !there.contains(&t.name()));
-            if tunes.is_empty() {
-                continue;
-            }
-            let roots = Roots::open(layout, &settings.lab, &settings.work)?;
-            crate::run::trained(&plan, &roots, seed, settings.threads, progress, &halted)?;
-            halted()?;
-            let ground = Ground::open(&roots, seed, &plan.recipe, progress)?;
-            let mut fit = Vec::new();
-            for tune in tunes {
-                let rates = rates_of(&roots, seed, &Training::Plain(tune).folder())?;
-                match lab::build::check(&tune.name(), &rates) {
-                    Ok(()) => fit.push(tune),
-                    Err(e) => notes.push(format!("{layout}, seed {seed}: target left out: {e}")),
-                }
-            }
-            progress.stage(&format!("halves, {layout}, seed {seed}"), fit.len());
-            train::each::<CompareError>(fit.len(), settings.threads, &|i| {
-                let target = on_target(&ground, fit[i], &plan.recipe, &halted)?;
-                if let Ok(mut known) = known.lock() {
-                    append(&path, &line_of(&target))?;
-                    known.push(target);
-                }
-                progress.part(&fit[i].name());
-                Ok(())
-            })?;
-        }
-    }
-    let mut targets = known.into_inner().map_err(|_| lab::LabError::Thread("halves".into()))?;
-    targets.retain(|t| settings.families.contains(&t.family) && settings.seeds.contains(&t.seed));
-    targets.sort_by(|a, b| (&a.family, a.seed, &a.target).cmp(&(&b.family, b.seed, &b.target)));
-    Ok(Study { targets, notes })
-}
-
-fn fail(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> CompareError {
-    let path = path.to_path_buf();
-    move |e| CompareError::File { action, path, problem: e.to_string() }
-}
-
-fn append(path: &Path, line: &str) -> Result<(), CompareError> {
-    let mut file = OpenOptions::new().create(true).append(true).open(path).map_err(fail("write", path))?;
-    file.write_all(line.as_bytes()).map_err(fail("write", path))
+pub fn run(
+    settings: &Settings,
+    progress: &dyn Progress,
+    stop: &AtomicBool,
+) -> Result<Study<Target>, CompareError> {
+    study::run("halves", settings, progress, stop, &on_target)
 }
 
 fn on_target(
     ground: &Ground<'_>,
     tune: Tune,
     recipe: &Recipe,
-    go_on: &dyn Fn() -> Result<(), CompareError>,
+    _: &dyn Progress,
+    go_on: &(dyn Fn() -> Result<(), CompareError> + Sync),
 ) -> Result<Target, CompareError> {
     let roots = ground.roots;
     let pad = roots.family.chat.end();

@@ -9,7 +9,9 @@
 //! | `cell.rs` | what do the methods reach on one target? |
 //! | `judge.rs` | what does a model do on the test split? |
 //! | `claims.rs` | what is claimed of the gene, and do the records hold it? |
+//! | `study.rs` | how are studies of the main targets run beside the table? |
 //! | `halves.rs` | does selection earn its place among all halves of the layers? |
+//! | `rounds.rs` | does the same gene hold over rounds of fine-tuning? |
 //! | `store.rs` | which records are there already? |
 //! | `run.rs` | in which order is it done? |
 //!
@@ -30,8 +32,10 @@ pub mod halves;
 pub mod judge;
 pub mod plan;
 pub mod roster;
+pub mod rounds;
 pub mod run;
 pub mod store;
+pub mod study;
 pub mod tuning;
 
 pub use error::CompareError;

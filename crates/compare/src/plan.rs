@@ -267,6 +267,16 @@ impl Plan {
     }
 }
 
+impl Plan {
+    /// The main targets alone, and what a gene for them needs: for studies beside the table.
+    pub fn of_main_targets() -> Self {
+        let all = Self::new(false);
+        let is_main = |c: &CellPlan| matches!(c.tune, Tune::Target { percent: 1, kind: Kind::Lora, .. });
+        let cells = all.cells.into_iter().filter(is_main);
+        Self { recipe: all.recipe, cells: cells.map(|c| CellPlan { entries: Vec::new(), ..c }).collect() }
+    }
+}
+
 /// Hash of each split, and the refusal of any two that share a prompt where one is for testing.
 pub fn check_splits(splits: &Splits) -> Result<BTreeMap<String, String>, CompareError> {
     let mut hashes = BTreeMap::new();

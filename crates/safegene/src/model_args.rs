@@ -238,6 +238,10 @@ pub(crate) struct Compare {
     /// beside it.
     #[arg(long, conflicts_with = "quick")]
     pub(crate) halves: bool,
+    /// Instead of the table: fine-tunes in a row, each main target made safe again after every round by the same gene, or by
+    /// a few-shot LoRA; writes rounds.json beside it.
+    #[arg(long, conflicts_with_all = ["quick", "halves"])]
+    pub(crate) rounds: bool,
     /// Folder with a folder for each family that holds its base and aligned model.
     #[arg(long, value_name = "DIR", default_value = "lab")]
     pub(crate) lab: PathBuf,
@@ -246,7 +250,7 @@ pub(crate) struct Compare {
     pub(crate) work: PathBuf,
     /// Report to go on from: families and seeds that it holds whole, by the same recipe, are not done again. Repeat it to
     /// join several.
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["quick", "halves"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["quick", "halves", "rounds"])]
     pub(crate) from: Vec<PathBuf>,
     /// Folder for the report: index.html, report.md, records.jsonl, summary.json and more; replaced if it is a report.
     #[arg(long, value_name = "DIR", default_value = "compare-out")]

@@ -18,9 +18,12 @@ const PAGES: [&str; 5] = ["summary.json", "index.html", "report.md", "claims.jso
 /// What `--halves` writes.
 const HALVES: &str = "halves.json";
 
+/// What `--rounds` writes.
+const ROUNDS: &str = "rounds.json";
+
 /// Refuses a folder that is something else or cannot be written to, before hours of work.
 fn check_out(out: &Path) -> Result<(), Failure> {
-    if out.exists() && ![PAGES[0], HALVES].iter().any(|file| out.join(file).exists()) {
+    if out.exists() && ![PAGES[0], HALVES, ROUNDS].iter().any(|file| out.join(file).exists()) {
         let message = format!("output `{}` exists and is no earlier report", out.display());
         return Err(Failure::usage(message, "remove it, or choose another folder with --out"));
     }
@@ -132,6 +135,45 @@ fn halves(job: &Compare, settings: &Settings, ui: &Ui) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Fine-tunes in a row on the main targets: `OUT/rounds.json`, and means on stdout.
+fn rounds(job: &Compare, settings: &Settings, ui: &Ui) -> Result<(), Failure> {
+    let study = ::compare::rounds::run(settings, &Bars::new(ui), &stop_on_signals())?;
+    let means = ::compare::rounds::summary(&study.targets);
+    let json = serde_json::json!({ "summary": means, "targets": study.targets, "notes": study.notes });
+    write(&job.out, ROUNDS, &format!("{json:#}\n"))?;
+    if job.json {
+        ui.data(&json["summary"].to_string());
+    } else {
+        ui.data("after each round  round  fine-tuned ASR     ASR   worst  over-refusal  accuracy  (fine-tuned)  KL task  KL benign");
+        let percent = |x: Option<f64>| x.map_or_else(|| "-".into(), |x| format!("{:.2} %", 100.0 * x));
+        let number = |x: Option<f64>| x.map_or_else(|| "-".into(), |x| format!("{x:.4}"));
+        for s in &means {
+            ui.data(&format!(
+                "{:16} {:>6} {:>15} {:>7} {:>7} {:>13} {:>9} {:>13} {:>8} {:>10}",
+                s.method,
+                s.round,
+                percent(Some(s.tuned.asr)),
+                percent(s.recovered.map(|r| r.asr)),
+                percent(s.worst_asr),
+                percent(s.recovered.map(|r| r.over_refusal)),
+                percent(s.recovered.map(|r| r.accuracy)),
+                percent(Some(s.tuned.accuracy)),
+                number(s.kl_task),
+                number(s.kl_benign),
+            ));
+        }
+    }
+    for note in &study.notes {
+        ui.warn(note);
+    }
+    ui.say(&format!(
+        "wrote `{}`: means over {} targets, without intervals",
+        job.out.join(ROUNDS).display(),
+        study.targets.len()
+    ));
+    Ok(())
+}
+
 fn machine(threads: usize) -> String {
     let m = Machine::this(threads);
     let cpu = m.cpu.map_or_else(String::new, |cpu| format!(", {cpu}"));
@@ -159,6 +201,9 @@ pub(super) fn run(job: &Compare, threads: usize, ui: &Ui) -> Result<(), Failure>
     };
     if job.halves {
         return halves(job, &settings, ui);
+    }
+    if job.rounds {
+        return rounds(job, &settings, ui);
     }
     let plan = Plan::new(job.quick);
     let bars = Bars::new(ui);
