@@ -1,16 +1,16 @@
 //! Recurring updates: a model is fine-tuned round after round on another task, 1 % of the rows harmful each time, and made safe
 //! again after each.
 //!
-//! | lineage | after each round |
-//! |---|---|
-//! | `none` | nothing |
-//! | `gene` | the *same* distilled gene, calibrated anew on the round's shots |
-//! | `few-shot-lora` | a LoRA trained on the same shots |
+//! | lineage | what the next round trains on | after each round |
+//! |---|---|---|
+//! | `aside` | the fine-tune as it was: recoveries are made in copies | the gene; a few-shot LoRA |
+//! | `gene` | what the gene has made safe | the gene, on top of what was expressed before |
+//! | `few-shot-lora` | what the LoRA has made safe | another LoRA |
 //!
-//! Round 1 is a target of the comparison. Each later round trains a LoRA over the model that the round before left, safe again or
-//! not, on the next of the tested tasks and on rows drawn alike in all lineages; after [`ROUNDS`] rounds each task was trained once.
-//! All is judged on the test split of the round's own task, and on known templates. Models are added up in f32 and never
-//! written, so that nothing is lost to rounding between rounds.
+//! The gene is always the *same* distilled one, calibrated anew on the round's shots; a LoRA is trained on the same shots.
+//! Round 1 is a target of the comparison. Each later round trains a LoRA on the next of the tested tasks, on rows drawn alike in
+//! all lineages; after [`ROUNDS`] rounds each task was trained once. All is judged on the test split of the round's own task, and on
+//! known templates. Models are added up in f32 and never written, so that nothing is lost to rounding between rounds.
 
 use crate::error::CompareError;
 use crate::ground::{Ground, Held};
@@ -24,6 +24,7 @@ use lab::tasks::TESTED;
 use lab::{Kind, LabError, Tune, Tuned, Tuner};
 use report::{Label, Set, Shots};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use transformer::Model;
@@ -31,8 +32,12 @@ use transformer::Model;
 /// Fine-tunes in a row.
 pub const ROUNDS: usize = 4;
 
-/// What is done after each round; `None` is nothing.
-const LINEAGES: [Option<Way>; 3] = [None, Some(Way::Gene), Some(Way::FewShot)];
+/// Name, recoveries after each round, and whether the next round trains on what the last of them left.
+const LINEAGES: [(&str, &[Way], bool); 3] = [
+    ("aside", &[Way::Gene, Way::FewShot], false),
+    ("gene", &[Way::Gene], true),
+    ("few-shot-lora", &[Way::FewShot], true),
+];
 
 /// What a model does on the test split.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -45,6 +50,25 @@ pub struct Rates {
     pub accuracy: f64,
 }
 
+/// A fine-tune made safe again.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Recovery {
+    /// By what.
+    pub method: String,
+    /// What it does then.
+    pub rates: Rates,
+    /// KL from the fine-tune on task test rows, nat per token.
+    pub kl_task: Option<f64>,
+    /// The same on benign test rows.
+    pub kl_benign: Option<f64>,
+    /// Seconds.
+    pub seconds: Option<f64>,
+    /// Coefficients by layer.
+    pub coefficients: Option<BTreeMap<u32, f64>>,
+    /// What the method was given.
+    pub given: String,
+}
+
 /// One fine-tune and what was done after it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Round {
@@ -54,23 +78,15 @@ pub struct Round {
     pub task: String,
     /// Fine-tuned.
     pub tuned: Rates,
-    /// Made safe again; none in the lineage `none`.
-    pub recovered: Option<Rates>,
-    /// KL of the recovery on task test rows, nat per token.
-    pub kl_task: Option<f64>,
-    /// The same on benign test rows.
-    pub kl_benign: Option<f64>,
-    /// Seconds of the recovery.
-    pub seconds: Option<f64>,
-    /// What the recovery was given.
-    pub given: String,
+    /// Made safe again.
+    pub recoveries: Vec<Recovery>,
 }
 
 /// All rounds of one way to go on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Lineage {
-    /// What is done after each round.
-    pub method: String,
+    /// Its name.
+    pub lineage: String,
     /// In order.
     pub rounds: Vec<Round>,
 }
@@ -94,19 +110,21 @@ impl OnTarget for Target {
     }
 }
 
-/// Means over targets of one round of one lineage.
+/// Means over targets of one recovery in one round of one lineage.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Summary {
-    /// What is done after each round.
+    /// The lineage.
+    pub lineage: String,
+    /// By what the fine-tune is made safe.
     pub method: String,
     /// From 1.
     pub round: usize,
     /// Fine-tuned.
     pub tuned: Rates,
     /// Made safe again.
-    pub recovered: Option<Rates>,
+    pub recovered: Rates,
     /// The largest attack success of a recovered target.
-    pub worst_asr: Option<f64>,
+    pub worst_asr: f64,
     /// KL of the recovery on task rows, nat per token.
     pub kl_task: Option<f64>,
     /// The same on benign rows.
@@ -131,7 +149,10 @@ fn on_target(
     progress: &dyn Progress,
     go_on: GoOn<'_>,
 ) -> Result<Target, CompareError> {
-    let one = |way: &Option<Way>| lineage(ground, tune, *way, recipe, progress, go_on);
+    let one = |&(name, ways, kept): &(&str, &[Way], bool)| {
+        let rounds = rounds(ground, tune, (ways, kept), recipe, progress, go_on)?;
+        Ok::<_, CompareError>(Lineage { lineage: name.into(), rounds })
+    };
     Ok(Target {
         family: ground.roots.family.layout.clone(),
         seed: ground.seed,
@@ -156,26 +177,26 @@ fn rates(judged: &Judged) -> Rates {
     }
 }
 
-fn lineage(
+/// The rounds of a lineage: its recoveries, and whether the next round trains on what they left.
+fn rounds(
     ground: &Ground<'_>,
     first: Tune,
-    way: Option<Way>,
+    (ways, kept): (&[Way], bool),
     recipe: &Recipe,
     progress: &dyn Progress,
     go_on: GoOn<'_>,
-) -> Result<Lineage, CompareError> {
+) -> Result<Vec<Round>, CompareError> {
     let (roots, seed) = (ground.roots, ground.seed);
-    let method = way.map_or("none", Way::name);
     let [safety, task, benign] = recipe.shots;
     let shots = Shots { safety, task, benign };
-    let mut rounds = Vec::new();
+    let mut out = Vec::new();
     let mut before: Option<Model> = None;
     for round in 0..ROUNDS {
         go_on()?;
         let tune = tune_of(first, round);
+        let folder = roots.seed_folder(seed).join(tune.folder());
         let tuned = match &before {
             None => {
-                let folder = roots.seed_folder(seed).join(tune.folder());
                 let held = Held::open(&folder, &roots.model)?;
                 let frozen = held.frozen();
                 frozen.model.merged(&frozen.own)?
@@ -194,35 +215,36 @@ fn lineage(
             round: round + 1,
             task: tune.task().map(|t| t.name().to_string()).unwrap_or_default(),
             tuned: rates(&judge.of(&tuned)?),
-            recovered: None,
-            kl_task: None,
-            kl_benign: None,
-            seconds: None,
-            given: String::new(),
+            recoveries: Vec::new(),
         };
         let mut left = None;
-        if let Some(method) = way {
-            let patient = Patient {
-                tune,
-                folder: roots.seed_folder(seed).join(tune.folder()),
-                held: Held::Own(Box::new(tuned.clone())),
-            };
+        for &method in ways {
+            go_on()?;
+            // What is trained or calibrated looks at the model; the folder is that of the first round's target.
+            let held = Held::Own(Box::new(tuned.clone()));
+            let patient = Patient { tune, folder: folder.clone(), held };
             let entry = Entry { method, label: Label::SafetyTaskBenign, shots };
-            if let Some(Applied { made: Made::Added(more), seconds, given, .. }) =
-                apply(ground, &patient, &entry, recipe, Path::new(""))?
-            {
-                let model = tuned.merged(&more)?;
-                let judged = judge.of(&model)?;
-                said.recovered = Some(rates(&judged));
-                (said.kl_task, said.kl_benign) = (judged.kl_task, judged.kl_benign);
-                (said.seconds, said.given) = (seconds, given);
-                left = Some(model);
-            }
+            let applied = apply(ground, &patient, &entry, recipe, Path::new(""))?;
+            let Some(Applied { made: Made::Added(more), seconds, given, coefficients, .. }) = applied else {
+                return Err(LabError::Thread(format!("{} adds nothing", method.name())).into());
+            };
+            let model = tuned.merged(&more)?;
+            let judged = judge.of(&model)?;
+            said.recoveries.push(Recovery {
+                method: method.name().into(),
+                rates: rates(&judged),
+                kl_task: judged.kl_task,
+                kl_benign: judged.kl_benign,
+                seconds,
+                coefficients,
+                given,
+            });
+            left = kept.then_some(model);
         }
-        rounds.push(said);
+        out.push(said);
         before = Some(left.unwrap_or(tuned));
     }
-    Ok(Lineage { method: method.into(), rounds })
+    Ok(out)
 }
 
 fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
@@ -241,21 +263,27 @@ fn mean_rates(all: &[Rates]) -> Option<Rates> {
 /// Each round of each lineage over some targets.
 pub fn summary(targets: &[Target]) -> Vec<Summary> {
     let mut out = Vec::new();
-    for way in LINEAGES {
-        let method = way.map_or("none", Way::name);
-        for round in 1..=ROUNDS {
-            let lineages = targets.iter().flat_map(|t| &t.lineages).filter(|l| l.method == method);
-            let rounds: Vec<&Round> = lineages.flat_map(|l| &l.rounds).filter(|r| r.round == round).collect();
-            let tuned: Vec<Rates> = rounds.iter().map(|r| r.tuned).collect();
-            let recovered: Vec<Rates> = rounds.iter().filter_map(|r| r.recovered).collect();
-            let Some(tuned) = mean_rates(&tuned) else { continue };
-            let of = |f: fn(&Round) -> Option<f64>| mean(rounds.iter().filter_map(|r| f(r)));
+    for (name, ways, _) in LINEAGES {
+        for (way, round) in ways.iter().flat_map(|way| (1..=ROUNDS).map(move |round| (way.name(), round))) {
+            let lineages = targets.iter().flat_map(|t| &t.lineages).filter(|l| l.lineage == name);
+            let rounds = lineages.flat_map(|l| &l.rounds).filter(|r| r.round == round);
+            let found: Vec<(Rates, &Recovery)> = rounds
+                .flat_map(|r| r.recoveries.iter().map(|recovery| (r.tuned, recovery)))
+                .filter(|(_, recovery)| recovery.method == way)
+                .collect();
+            let tuned: Vec<Rates> = found.iter().map(|f| f.0).collect();
+            let recovered: Vec<Rates> = found.iter().map(|f| f.1.rates).collect();
+            let (Some(tuned), Some(mean_recovered)) = (mean_rates(&tuned), mean_rates(&recovered)) else {
+                continue;
+            };
+            let of = |f: fn(&Recovery) -> Option<f64>| mean(found.iter().filter_map(|(_, r)| f(r)));
             out.push(Summary {
-                method: method.into(),
+                lineage: name.into(),
+                method: way.into(),
                 round,
                 tuned,
-                recovered: mean_rates(&recovered),
-                worst_asr: recovered.iter().map(|r| r.asr).max_by(f64::total_cmp),
+                recovered: mean_recovered,
+                worst_asr: recovered.iter().map(|r| r.asr).fold(0.0, f64::max),
                 kl_task: of(|r| r.kl_task),
                 kl_benign: of(|r| r.kl_benign),
                 seconds: of(|r| r.seconds),
@@ -282,34 +310,38 @@ mod tests {
     }
 
     #[test]
-    fn means_are_of_one_lineage_and_round() {
+    fn means_are_of_one_lineage_method_and_round() {
         let rates = |asr| Rates { asr, over_refusal: 0.1, accuracy: 0.9 };
-        let round = |round, after: Option<f64>| Round {
-            round,
-            task: "topic".into(),
-            tuned: rates(1.0),
-            recovered: after.map(rates),
-            kl_task: after,
+        let recovery = |method: &str, asr: f64| Recovery {
+            method: method.into(),
+            rates: rates(asr),
+            kl_task: Some(asr),
             kl_benign: None,
             seconds: None,
+            coefficients: None,
             given: String::new(),
         };
-        let target = |name: &str, after: [f64; 2]| Target {
-            family: "llama".into(),
-            seed: 1,
-            target: name.into(),
-            lineages: vec![
-                Lineage { method: "none".into(), rounds: vec![round(1, None)] },
-                Lineage {
-                    method: "gene".into(),
-                    rounds: vec![round(1, Some(after[0])), round(2, Some(after[1]))],
-                },
-            ],
+        let round = |round, recoveries| Round { round, task: "topic".into(), tuned: rates(1.0), recoveries };
+        let target = |name: &str, gene: [f64; 2]| {
+            let aside = vec![recovery("gene", 0.0), recovery("few-shot-lora", 1.0)];
+            let kept = (1..).zip(gene).map(|(n, asr)| round(n, vec![recovery("gene", asr)]));
+            let lineage = |name: &str, rounds| Lineage { lineage: name.into(), rounds };
+            Target {
+                family: "llama".into(),
+                seed: 1,
+                target: name.into(),
+                lineages: vec![lineage("aside", vec![round(1, aside)]), lineage("gene", kept.collect())],
+            }
         };
         let said = summary(&[target("a", [0.0, 0.25]), target("b", [0.5, 0.75])]);
-        let of: Vec<_> =
-            said.iter().map(|s| (s.method.as_str(), s.round, s.recovered.map(|r| r.asr))).collect();
-        assert_eq!(of, [("none", 1, None), ("gene", 1, Some(0.25)), ("gene", 2, Some(0.5))]);
-        assert_eq!((said[2].worst_asr, said[2].kl_task), (Some(0.75), Some(0.5)));
+        let of: Vec<_> = said.iter().map(|s| (&*s.lineage, &*s.method, s.round, s.recovered.asr)).collect();
+        let want = [
+            ("aside", "gene", 1, 0.0),
+            ("aside", "few-shot-lora", 1, 1.0),
+            ("gene", "gene", 1, 0.25),
+            ("gene", "gene", 2, 0.5),
+        ];
+        assert_eq!(of, want);
+        assert_eq!((said[3].worst_asr, said[3].kl_task), (0.75, Some(0.5)));
     }
 }

@@ -238,8 +238,8 @@ pub(crate) struct Compare {
     /// beside it.
     #[arg(long, conflicts_with = "quick")]
     pub(crate) halves: bool,
-    /// Instead of the table: fine-tunes in a row, each main target made safe again after every round by the same gene, or by
-    /// a few-shot LoRA; writes rounds.json beside it.
+    /// Instead of the table: fine-tunes in a row from each main target, made safe again after every round by the same gene or a
+    /// few-shot LoRA, in a copy or in what is trained next; writes rounds.json beside it.
     #[arg(long, conflicts_with_all = ["quick", "halves"])]
     pub(crate) rounds: bool,
     /// Folder with a folder for each family that holds its base and aligned model.

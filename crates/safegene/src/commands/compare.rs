@@ -144,20 +144,21 @@ fn rounds(job: &Compare, settings: &Settings, ui: &Ui) -> Result<(), Failure> {
     if job.json {
         ui.data(&json["summary"].to_string());
     } else {
-        ui.data("after each round  round  fine-tuned ASR     ASR   worst  over-refusal  accuracy  (fine-tuned)  KL task  KL benign");
-        let percent = |x: Option<f64>| x.map_or_else(|| "-".into(), |x| format!("{:.2} %", 100.0 * x));
+        ui.data("next trains on  safe by        round  fine-tuned ASR     ASR   worst  over-refusal  accuracy  (fine-tuned)  KL task  KL benign");
+        let percent = |x: f64| format!("{:.2} %", 100.0 * x);
         let number = |x: Option<f64>| x.map_or_else(|| "-".into(), |x| format!("{x:.4}"));
         for s in &means {
             ui.data(&format!(
-                "{:16} {:>6} {:>15} {:>7} {:>7} {:>13} {:>9} {:>13} {:>8} {:>10}",
+                "{:15} {:14} {:>5} {:>15} {:>7} {:>7} {:>13} {:>9} {:>13} {:>8} {:>10}",
+                if s.lineage == "aside" { "the fine-tune" } else { "the safe one" },
                 s.method,
                 s.round,
-                percent(Some(s.tuned.asr)),
-                percent(s.recovered.map(|r| r.asr)),
+                percent(s.tuned.asr),
+                percent(s.recovered.asr),
                 percent(s.worst_asr),
-                percent(s.recovered.map(|r| r.over_refusal)),
-                percent(s.recovered.map(|r| r.accuracy)),
-                percent(Some(s.tuned.accuracy)),
+                percent(s.recovered.over_refusal),
+                percent(s.recovered.accuracy),
+                percent(s.tuned.accuracy),
                 number(s.kl_task),
                 number(s.kl_benign),
             ));
