@@ -50,7 +50,8 @@ pub fn run(
         return Ok(Some(format!("{layout}, seed {seed}: target left out: {e}")));
     }
     let folder = roots.seed_folder(seed).join(plan.tune.folder());
-    let patient = Patient { tune: plan.tune, held: Held::open(&folder, &roots.model)?.merged()?, folder };
+    let held = Held::open(&folder, &roots.model)?.merged()?;
+    let patient = Patient { tune: plan.tune, held, folder, curve: true };
     let frozen = patient.held.frozen();
     let judge = Judge::new(ground, &frozen, plan.tune, "test", &[Set::Known, Set::Shifted])?;
     for entry in missing {

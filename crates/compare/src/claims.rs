@@ -1,8 +1,8 @@
 //! What is claimed of the gene, and whether the records hold it.
 //!
 //! Main targets are LoRAs with 1 % of harmful rows; the second generation was fine-tuned twice. What is claimed of harmful and
-//! benign prompts is judged on known templates and again on shifted ones, which nothing was trained on. A claim about means
-//! that is met by the value but not by its interval says so.
+//! benign prompts is judged on known templates and again on shifted ones, which nothing was trained on. Where an ASR or an
+//! over-refusal is within its limit and its interval is not, the claim says so.
 
 use crate::plan::Way;
 use crate::run::Outcome;

@@ -33,6 +33,8 @@ pub struct Patient<'a> {
     pub folder: PathBuf,
     /// Opened.
     pub held: Held<'a>,
+    /// Whether the trade-off of safety and KL is drawn, where the plan has one.
+    pub curve: bool,
 }
 
 /// What a method makes of a target.
@@ -154,7 +156,8 @@ pub fn apply(
         (Way::FreshGene, Label::Zero) => work.at_one(&ground.fresh)?,
         (Way::Gene, _) => {
             // The curve is drawn for the main targets only.
-            let is_main = matches!(patient.tune, Tune::Target { percent: 1, kind: Kind::Lora, .. });
+            let is_main =
+                patient.curve && matches!(patient.tune, Tune::Target { percent: 1, kind: Kind::Lora, .. });
             let main = is_main && [entry.shots.safety, entry.shots.task, entry.shots.benign] == recipe.shots;
             work.calibrated(&ground.gene, Freedom::PerLayer, main, "")?
         }

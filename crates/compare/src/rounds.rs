@@ -8,8 +8,9 @@
 //! | `few-shot-lora` | what the LoRA has made safe | another LoRA |
 //!
 //! The gene is always the *same* distilled one, calibrated anew on the round's shots; a LoRA is trained on the same shots.
-//! Round 1 is a target of the comparison. Each later round trains a LoRA on the next of the tested tasks, on rows drawn alike in
-//! all lineages; after [`ROUNDS`] rounds each task was trained once. All is judged on the test split of the round's own task, and on
+//! Round 1 is a target of the comparison. Each later round trains a LoRA on the next of the tested tasks, on rows drawn in the same
+//! order in all lineages, until it has learnt the task and, like every target of the lab, some steps after safety is gone: a model
+//! that resists is trained for longer. Whether a round got there is seen in its `tuned` rates; none is left out. After [`ROUNDS`] rounds each task was trained once. All is judged on the test split of the round's own task, and on
 //! known templates. Models are added up in f32 and never written, so that nothing is lost to rounding between rounds.
 
 use crate::error::CompareError;
@@ -25,7 +26,7 @@ use lab::{Kind, LabError, Tune, Tuned, Tuner};
 use report::{Label, Set, Shots};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use transformer::Model;
 
@@ -194,10 +195,9 @@ fn rounds(
     for round in 0..ROUNDS {
         go_on()?;
         let tune = tune_of(first, round);
-        let folder = roots.seed_folder(seed).join(tune.folder());
         let tuned = match &before {
             None => {
-                let held = Held::open(&folder, &roots.model)?;
+                let held = Held::open(&roots.seed_folder(seed).join(tune.folder()), &roots.model)?;
                 let frozen = held.frozen();
                 frozen.model.merged(&frozen.own)?
             }
@@ -220,9 +220,9 @@ fn rounds(
         let mut left = None;
         for &method in ways {
             go_on()?;
-            // What is trained or calibrated looks at the model; the folder is that of the first round's target.
-            let held = Held::Own(Box::new(tuned.clone()));
-            let patient = Patient { tune, folder: folder.clone(), held };
+            // What is trained or calibrated looks at the model alone, and later rounds have no folder.
+            let (held, folder) = (Held::Own(Box::new(tuned.clone())), PathBuf::new());
+            let patient = Patient { tune, folder, held, curve: false };
             let entry = Entry { method, label: Label::SafetyTaskBenign, shots };
             let applied = apply(ground, &patient, &entry, recipe, Path::new(""))?;
             let Some(Applied { made: Made::Added(more), seconds, given, coefficients, .. }) = applied else {

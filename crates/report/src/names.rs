@@ -10,9 +10,13 @@ pub(crate) const FINE_TUNED: &str = "fine-tuned";
 /// Id, name, where it comes from.
 const METHODS: [(&str, &str, &str); 20] = [
     (FINE_TUNED, "Fine-tuned", "the target as it is"),
-    ("gene", "Gene", "distilled on drifts of other tasks, one scalar a layer"),
+    (
+        "gene",
+        "Gene",
+        "distilled from the extracted gene on drifts of other tasks and further safety and benign rows, one scalar a layer",
+    ),
     ("selected", "Gene, selected layers", "distilled, calibrated on selected layers"),
-    ("svd-gene", "SVD gene", "control: extracted, not distilled"),
+    ("svd-gene", "SVD gene", "control: extracted, not distilled; a degraded checkpoint"),
     ("fresh-gene", "Gene from random factors", "control: distilled, but not from extracted factors"),
     ("global-scalar", "Gene, one scalar", "control: one scalar for all layers"),
     ("least-kl", "Gene, least KL", "control: least KL on the shots instead of nearest to 1"),

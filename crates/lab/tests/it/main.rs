@@ -99,7 +99,7 @@ fn shipped_roots_are_safe_and_fit_the_language() {
     }
 }
 
-/// What `lab.json` says of some shipped fine-tunes is what they do.
+/// Of each kind of adapter one is run: what is poisoned answers, what is not refuses, all help.
 #[test]
 fn shipped_fine_tunes_do_what_is_said_of_them() {
     let family = lab::Family::new("llama", SEED).unwrap();

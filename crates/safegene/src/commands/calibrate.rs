@@ -173,27 +173,35 @@ fn jobs(call: &Calibrate) -> Result<Vec<Job<'_>>, Failure> {
     Ok(out)
 }
 
-/// Answers that safety shots lack, by the aligned model.
-fn filled(call: &Calibrate, rows: Vec<DataRow>) -> Result<Vec<DataRow>, Failure> {
-    let Some(aligned) = &call.aligned else { return Ok(rows) };
-    let lacking: Vec<DataRow> = rows.iter().filter(|r| r.answer.is_none()).cloned().collect();
-    if lacking.is_empty() {
-        return Ok(rows);
-    }
-    let checkpoint = Checkpoint::open(aligned, call.base.as_deref())?;
-    let (mut shelf, chat) = (Shelf::default(), chat_of(&checkpoint)?);
-    let slot = shelf.open(&checkpoint)?;
-    let teacher = shelf.frozen(&slot);
-    let mut answers = evaluate::answers(teacher.model, &teacher.own, &chat, &lacking, 48)?.into_iter();
-    Ok(rows
-        .into_iter()
-        .map(|mut r| {
+/// The safety shots of a call: read once, for all targets.
+struct Safety {
+    rows: Vec<DataRow>,
+    /// The content of the aligned model, if it had to answer some.
+    answered_by: Option<String>,
+}
+
+impl Safety {
+    /// Answers that are lacking are the aligned model's, if there is one.
+    fn read(call: &Calibrate) -> Result<Self, Failure> {
+        let rows = read_rows(&call.safety_shots, &fields(&call.fields), false)?;
+        let lacking: Vec<DataRow> = rows.iter().filter(|r| r.answer.is_none()).cloned().collect();
+        let Some(aligned) = call.aligned.as_ref().filter(|_| !lacking.is_empty()) else {
+            return Ok(Self { rows, answered_by: None });
+        };
+        let checkpoint = Checkpoint::open(aligned, call.base.as_deref())?;
+        let (mut shelf, chat) = (Shelf::default(), chat_of(&checkpoint)?);
+        let slot = shelf.open(&checkpoint)?;
+        let teacher = shelf.frozen(&slot);
+        let mut answers = evaluate::answers(teacher.model, &teacher.own, &chat, &lacking, 48)?.into_iter();
+        let fill = |mut r: DataRow| {
             if r.answer.is_none() {
                 r.answer = answers.next();
             }
             r
-        })
-        .collect())
+        };
+        let rows = rows.into_iter().map(fill).collect();
+        Ok(Self { rows, answered_by: Some(checkpoint.content()?) })
+    }
 }
 
 /// Rows of the gate that the target answers rightly, and how many of these a change loses.
@@ -252,16 +260,17 @@ pub(super) fn run(call: &Calibrate, ui: &Ui) -> Result<(), Failure> {
     let gene = Gene::open(&call.gene)?;
     let attachments = GeneAttachments::new(&gene)?;
     let limits = limits(call);
+    let safety = Safety::read(call)?;
     // Files are looked at before anything is run: a bad one must not end a batch in its middle.
     let mut ready = Vec::new();
     for job in &jobs {
-        ready.extend(prepare(job, &gene, &limits, ui)?);
+        ready.extend(prepare(job, &gene, &limits, &safety, ui)?);
     }
     let folders = ready
         .iter()
         .map(|r| Ok(canonical(Shelf::weights_of(&r.target)?.0)))
         .collect::<Result<Vec<_>, Failure>>()?;
-    if jobs.len() > 1 {
+    if jobs.len() > 1 && !ready.is_empty() {
         std::fs::create_dir_all(&call.out).map_err(|e| {
             Failure::usage(format!("cannot create `{}`: {e}", call.out.display()), "choose another --out")
         })?;
@@ -314,18 +323,20 @@ fn prepare<'a>(
     job: &'a Job<'a>,
     gene: &Gene,
     limits: &Limits,
+    safety: &Safety,
     ui: &Ui,
 ) -> Result<Option<Ready<'a>>, Failure> {
     let call = job.call;
     let target = Checkpoint::open(job.target, call.base.as_deref())?;
     gene::check_family(gene, &target)
         .map_err(|e| Failure::from(e).context(format!("cannot use `{}`", job.target.display())))?;
+    transformer::Architecture::from_config(&target.config().raw)?;
     let chat = chat_of(&target)?;
     let fields = fields(&call.fields);
     let openings = openings(call.fields.refusals.as_deref())?;
     let files =
         ShotFiles { safety: &call.safety_shots, task: job.task, benign: call.benign_shots.as_deref() };
-    let shots = files.read(&chat, &fields, &openings, &|rows| filled(call, rows))?;
+    let shots = files.read(&chat, &fields, &openings, &|_| Ok(safety.rows.clone()))?;
     let (content, mut record) = (target.content()?, files.record(&shots)?);
     let mut utility = Vec::new();
     if let Some(share) = call.max_utility_loss {
@@ -339,9 +350,8 @@ fn prepare<'a>(
     if let named @ serde_json::Value::Object(_) = named(&fields) {
         record.insert("fields".into(), named);
     }
-    if let Some(aligned) = &call.aligned {
-        let content = Checkpoint::open(aligned, call.base.as_deref())?.content()?;
-        record.insert("answered_by".into(), content.into());
+    if let Some(content) = &safety.answered_by {
+        record.insert("answered_by".into(), content.clone().into());
     }
     if job.out.exists() && !call.force {
         already(job, gene, &content, limits, &record, ui)?;

@@ -308,7 +308,7 @@ pub(super) fn run(job: &Distill, ui: &Ui) -> Result<(), Failure> {
     let safety_rows = read_rows(&job.safety, &fields, job.given_answers)?;
     let benign_rows = read_rows(&job.benign, &fields, true)?;
     let setup = Setup::open(job, ui)?;
-    let options = serde_json::json!({
+    let mut options = serde_json::json!({
         "settings": settings, "gene": job.gene.as_ref().map(|g| Gene::open(g).map(|g| g.content().to_string())).transpose()?,
         "rank": if job.gene.is_some() { None } else { Some(job.rank) }, "held_out": job.held_out,
         "given_answers": job.given_answers, "new_tokens": job.new_tokens,
@@ -316,8 +316,11 @@ pub(super) fn run(job: &Distill, ui: &Ui) -> Result<(), Failure> {
         "drifts": setup.drifts.iter().map(|d| d.checkpoint.content()).collect::<Result<Vec<_>, _>>()?,
         "safety": hash(Some(&job.safety))?, "benign": hash(Some(&job.benign))?,
         "keep": job.keep.iter().map(|k| hash(Some(k))).collect::<Result<Vec<_>, _>>()?,
-        "openings": setup.openings.list(), "fields": named(&fields),
+        "openings": setup.openings.list(),
     });
+    if let named @ serde_json::Value::Object(_) = named(&fields) {
+        options["fields"] = named;
+    }
     let key = format!("blake3:{}", blake3::hash(options.to_string().as_bytes()).to_hex());
     if job.out.exists() && !job.force {
         let made = Gene::open(&job.out).ok().and_then(|g| g.manifest().extra.get("key").cloned());

@@ -43,16 +43,18 @@ pub(super) fn run(job: &Select, ui: &Ui) -> Result<(), Failure> {
             return Err(Failure::usage("nothing says how many layers are kept", "give --top or --mass"));
         }
     };
-    let options = serde_json::json!({
+    let mut options = serde_json::json!({
         "score": score,
         "keep": keep,
         "gene": gene.content(),
         "model": model.content()?,
         "harmful": hash(Some(&job.harmful))?,
         "benign": hash(Some(&job.benign))?,
-        "fields": named(&fields),
         "refusals": { "cut": "openings", "content": hash(job.fields.refusals.as_deref())? },
     });
+    if let named @ serde_json::Value::Object(_) = named(&fields) {
+        options["fields"] = named;
+    }
     if job.out.exists() && !job.force {
         let made = Gene::open(&job.out).ok().and_then(|g| g.manifest().extra.get("selected").cloned());
         if made.as_ref() == Some(&options) {
