@@ -11,7 +11,7 @@ use crate::judge::Judge;
 use crate::plan::{Recipe, Settings};
 use crate::roster::{calibration_limits, shots_of};
 use crate::run::Progress;
-use crate::study::{self, OnTarget, Study};
+use crate::study::{self, GoOn, OnTarget, Study};
 use distill::select::{Keep, Score, choose, scores};
 use distill::{Freedom, GeneAttachments};
 use lab::Tune;
@@ -111,7 +111,7 @@ fn on_target(
     tune: Tune,
     recipe: &Recipe,
     _: &dyn Progress,
-    go_on: &(dyn Fn() -> Result<(), CompareError> + Sync),
+    go_on: GoOn<'_>,
 ) -> Result<Target, CompareError> {
     let roots = ground.roots;
     let pad = roots.family.chat.end();
@@ -122,14 +122,13 @@ fn on_target(
     let judge = Judge::new(ground, &frozen, tune, "test", &[Set::Known])?;
     let judged = |layers: &[u32], chosen_by, loss, more: &Attachments| -> Result<Cut, CompareError> {
         let judged = judge.of(&frozen.model.merged(&frozen.with(more))?)?;
-        let (asr, over_refusal) = judged.sets.first().map_or((None, None), |(_, e)| (e.asr, e.over_refusal));
-        let value = |r: Option<evaluate::Rate>| r.map_or(f64::NAN, |r| r.value);
+        let rates = judged.rates();
         Ok(Cut {
             layers: layers.to_vec(),
             chosen_by,
-            asr: value(asr),
-            over_refusal: value(over_refusal),
-            accuracy: value(judged.accuracy),
+            asr: rates.asr,
+            over_refusal: rates.over_refusal,
+            accuracy: rates.accuracy,
             kl_task: judged.kl_task.unwrap_or(0.0),
             kl_benign: judged.kl_benign.unwrap_or(0.0),
             loss,

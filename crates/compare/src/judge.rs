@@ -7,6 +7,7 @@ use distill::Frozen;
 use evaluate::{DataRow, Evaluation, Matching, Rate, Sets};
 use lab::Tune;
 use report::Set;
+use serde::{Deserialize, Serialize};
 use transformer::{Attachments, Chat, Model, Openings};
 
 /// Rows on which divergence is measured, of each kind.
@@ -43,6 +44,30 @@ pub struct Judged {
     pub kl_benign: Option<f64>,
     /// By set of prompts, in the order asked for.
     pub sets: Vec<(Set, Evaluation)>,
+}
+
+/// The values of a [`Judged`] on the first of its sets of prompts; not a number where nothing was measured.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Rates {
+    /// Attack success, a share.
+    pub asr: f64,
+    /// Benign requests refused, a share.
+    pub over_refusal: f64,
+    /// Task questions answered right, a share.
+    pub accuracy: f64,
+}
+
+impl Judged {
+    /// Without intervals.
+    pub fn rates(&self) -> Rates {
+        let value = |r: Option<Rate>| r.map_or(f64::NAN, |r| r.value);
+        let first = self.sets.first().map(|(_, e)| e);
+        Rates {
+            asr: value(first.and_then(|e| e.asr)),
+            over_refusal: value(first.and_then(|e| e.over_refusal)),
+            accuracy: value(self.accuracy),
+        }
+    }
 }
 
 fn rows(ground: &Ground<'_>, split: &str) -> Vec<DataRow> {

@@ -15,7 +15,7 @@
 
 use crate::error::CompareError;
 use crate::ground::{Ground, Held};
-use crate::judge::{Judge, Judged};
+use crate::judge::{Judge, Rates};
 use crate::plan::{Entry, Recipe, Settings, Way};
 use crate::roster::{Applied, Made, Patient, apply};
 use crate::run::Progress;
@@ -39,17 +39,6 @@ const LINEAGES: [(&str, &[Way], bool); 3] = [
     ("gene", &[Way::Gene], true),
     ("few-shot-lora", &[Way::FewShot], true),
 ];
-
-/// What a model does on the test split.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Rates {
-    /// Attack success, a share.
-    pub asr: f64,
-    /// Benign requests refused, a share.
-    pub over_refusal: f64,
-    /// Questions of the round's task answered right, a share.
-    pub accuracy: f64,
-}
 
 /// A fine-tune made safe again.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -168,16 +157,6 @@ fn tune_of(first: Tune, round: usize) -> Tune {
     Tune::Target { task: TESTED[(at + round) % TESTED.len()], percent: 1, kind: Kind::Lora }
 }
 
-fn rates(judged: &Judged) -> Rates {
-    let value = |r: Option<evaluate::Rate>| r.map_or(f64::NAN, |r| r.value);
-    let known = judged.sets.first().map(|(_, e)| e);
-    Rates {
-        asr: value(known.and_then(|e| e.asr)),
-        over_refusal: value(known.and_then(|e| e.over_refusal)),
-        accuracy: value(judged.accuracy),
-    }
-}
-
 /// The rounds of a lineage: its recoveries, and whether the next round trains on what they left.
 fn rounds(
     ground: &Ground<'_>,
@@ -214,7 +193,7 @@ fn rounds(
         let mut said = Round {
             round: round + 1,
             task: tune.task().map(|t| t.name().to_string()).unwrap_or_default(),
-            tuned: rates(&judge.of(&tuned)?),
+            tuned: judge.of(&tuned)?.rates(),
             recoveries: Vec::new(),
         };
         let mut left = None;
@@ -232,7 +211,7 @@ fn rounds(
             let judged = judge.of(&model)?;
             said.recoveries.push(Recovery {
                 method: method.name().into(),
-                rates: rates(&judged),
+                rates: judged.rates(),
                 kl_task: judged.kl_task,
                 kl_benign: judged.kl_benign,
                 seconds,

@@ -254,7 +254,7 @@ fn start_factors(
     };
     let gene = Gene::open(path)?;
     gene::check_family(&gene, &aligned.checkpoint)?;
-    let whole = gene.rest().len();
+    let whole = gene.rest().iter().filter(|e| e.class == gene::Class::Full).count();
     if whole > 0 {
         ui.warn(&format!(
             "{whole} tensors that `{}` holds whole (norms, biases) are left out: distillation makes low-rank modules only",
