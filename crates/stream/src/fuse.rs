@@ -229,6 +229,9 @@ struct Record {
     schema: u32,
     tool: String,
     genes: Vec<Given>,
+    /// Contents of the genes that the target, or what it is an adapter over, held before.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    before: Vec<String>,
     target: String,
     form: String,
     outside: Option<f32>,
@@ -253,6 +256,16 @@ fn given(job: &Fuse) -> Vec<Given> {
     job.genes.iter().map(one).collect()
 }
 
+fn held_before(target: &Checkpoint) -> Vec<String> {
+    let mut out = fused_genes(target.dir());
+    if target.base_dir() != target.dir() {
+        out.extend(fused_genes(target.base_dir()));
+    }
+    out.sort();
+    out.dedup();
+    out
+}
+
 impl Record {
     /// Of a job, before its result and the target's content are known.
     fn new(job: &Fuse, form: &str) -> Record {
@@ -260,6 +273,7 @@ impl Record {
             schema: 1,
             tool: env!("CARGO_PKG_VERSION").to_owned(),
             genes: given(job),
+            before: held_before(&job.target),
             target: String::new(),
             form: form.to_owned(),
             outside: job.outside,
@@ -286,6 +300,14 @@ impl Record {
         text.push(b'\n');
         Ok(writer.file(RECORD_FILE, &text)?)
     }
+}
+
+/// Contents of the genes that were fused into a folder, by what `fuse` wrote there; what went in before it is among them where
+/// `fuse` wrote that, too. None where it wrote nothing.
+pub fn fused_genes(folder: &Path) -> Vec<String> {
+    // A record that cannot be read is somebody else's.
+    let record: Option<Record> = checkpoint::read_json(folder, RECORD_FILE).ok().flatten();
+    record.map_or_else(Vec::new, |r| r.genes.into_iter().map(|g| g.gene).chain(r.before).collect())
 }
 
 /// What came of it.

@@ -26,7 +26,7 @@ pub use assemble::{Assembled, assemble};
 pub use error::{Result, StreamError};
 pub use extract::{Extract, ExtractReport, Ranks, extract};
 pub use flow::Stages;
-pub use fuse::{Expressed, Form, Fuse, FuseReport, RECORD_FILE, fuse};
+pub use fuse::{Expressed, Form, Fuse, FuseReport, RECORD_FILE, fuse, fused_genes};
 pub use parts::Worker;
 pub use plan::{Becomes, Plan, Planned, plan};
 pub use progress::{NoProgress, Progress};

@@ -2,7 +2,7 @@
 
 use crate::commands::evaluate::{chat_of, fields, hash, named};
 use crate::commands::models::{Shelf, canonical};
-use crate::commands::{check_folder_of, openings};
+use crate::commands::{check_folder_of, openings, warn_if_fused};
 use crate::fail::{Code, Failure};
 use crate::model_args::Calibrate;
 use crate::ui::Ui;
@@ -330,6 +330,7 @@ fn prepare<'a>(
     let target = Checkpoint::open(job.target, call.base.as_deref())?;
     gene::check_family(gene, &target)
         .map_err(|e| Failure::from(e).context(format!("cannot use `{}`", job.target.display())))?;
+    warn_if_fused(gene, &target, ui);
     transformer::Architecture::from_config(&target.config().raw)?;
     let chat = chat_of(&target)?;
     let fields = fields(&call.fields);

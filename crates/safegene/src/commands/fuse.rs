@@ -2,7 +2,7 @@
 
 use crate::args::{Form, Fuse};
 use crate::commands::extract::Streaming;
-use crate::commands::{peak_rss_bytes, stop_on_signals, worker_of_environment};
+use crate::commands::{peak_rss_bytes, stop_on_signals, warn_if_fused, worker_of_environment};
 use crate::device::{Device, on_device};
 use crate::fail::Failure;
 use crate::ui::Ui;
@@ -75,6 +75,7 @@ fn genes(
     for (at, dir) in job.gene.iter().enumerate() {
         let gene = Gene::open(dir)?;
         gene::check_family(&gene, target)?;
+        warn_if_fused(&gene, target, ui);
         let coefficients: BTreeMap<u32, f64> = match job.expression.get(at) {
             Some(path) => {
                 let expression = Expression::read(path)?;

@@ -22,10 +22,28 @@ use crate::args::{Args, Bench, Command, Lab, Recover};
 use crate::device::Device;
 use crate::fail::{Code, Failure};
 use crate::ui::Ui;
+use ::checkpoint::Checkpoint;
+use ::gene::Gene;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use transformer::Openings;
+
+/// Says so where a gene was fused into a target, or into what it is an adapter over.
+fn warn_if_fused(gene: &Gene, target: &Checkpoint, ui: &Ui) {
+    let holds = |dir: &Path| stream::fused_genes(dir).iter().any(|g| g == gene.content());
+    let (dir, base) = (target.dir(), target.base_dir());
+    if holds(dir) {
+        ui.warn(&format!("`{}` holds this gene already; what is fused comes on top of it", dir.display()));
+    } else if base != dir && holds(base) {
+        ui.warn(&format!(
+            "`{}` was fine-tuned from `{}`, which holds this gene already: in the lab such fine-tunes learnt to undo it, and after \
+             three rounds adding it again was not enough; fine-tune what was never fused, and fuse into a copy",
+            dir.display(),
+            base.display()
+        ));
+    }
+}
 
 /// Runs the chosen command.
 pub(crate) fn run(args: Args, ui: &Ui) -> Result<(), Failure> {

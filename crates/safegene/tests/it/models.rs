@@ -298,3 +298,45 @@ fn what_is_there_was_made_from_the_same_fields_and_curve() {
         assert!(said.code == 2 && said.stderr.contains("exists"), "{other:?}: {}", said.stderr);
     }
 }
+
+#[test]
+fn model_that_holds_the_gene_already_is_named() {
+    let bench = Bench::new();
+    let (gene, aligned, fused) = (bench.gene(), lab_arg("aligned"), bench.arg("fused"));
+    let fuse = |gene: &str, target: &str, out: &str| {
+        let call = ["fuse", "--gene", gene, "--coefficient", "1", "--as", "merged", "--target", target];
+        safegene(&[&call[..], &["--out", out]].concat()).ok().stderr
+    };
+    let words = "holds this gene already";
+    let first = fuse(&gene, &aligned, &fused);
+    assert!(!first.contains(words), "{first}");
+    let again = fuse(&gene, &fused, &bench.arg("twice"));
+    assert!(again.contains(words) && again.contains("on top of it"), "{again}");
+    // A fine-tune of what was fused: the next round.
+    let next = bench.copy("targets/topic-1", "next");
+    let config = next.join("adapter_config.json");
+    let mut value = read_json(&config);
+    value["base_model_name_or_path"] = json!(fused);
+    fs::write(&config, value.to_string()).unwrap();
+    let next = bench.arg("next");
+    let said = fuse(&gene, &next, &bench.arg("round-2"));
+    assert!(said.contains(words) && said.contains("what was never fused"), "{said}");
+    let (safety, task, benign) = (data("shots-safety"), data("shots-topic"), data("shots-benign"));
+    let call =
+        ["calibrate", "--gene", &gene, "--target", &next, "--safety-shots", &safety, "--task-shots", &task];
+    let said = safegene(&[&call[..], &["--benign-shots", &benign, "--out", &bench.arg("e.json")]].concat());
+    assert!([0, 1].contains(&said.code) && said.stderr.contains("what was never fused"), "{}", said.stderr);
+    // Another gene in it is another matter.
+    let (degraded, other) = (lab_arg("degraded-strong"), bench.arg("other"));
+    let sides = ["--aligned", &aligned, "--degraded", &degraded];
+    safegene(&[&["extract"], &sides[..], &["--rank", "2", "--out", &other]].concat()).ok();
+    let both = bench.arg("both");
+    let said = fuse(&other, &fused, &both);
+    assert!(!said.contains(words), "{said}");
+    // What went in first is remembered.
+    for gene in [&gene, &other] {
+        let said = fuse(gene, &both, &bench.arg("third"));
+        assert!(said.contains(words), "{said}");
+        fs::remove_dir_all(bench.path("third")).unwrap();
+    }
+}
