@@ -2,7 +2,7 @@
 
 use crate::error::CompareError;
 use crate::ground::{Ground, Held, Training, rates_of};
-use crate::judge::Judge;
+use crate::judge::{Judge, rate};
 use crate::plan::{CellPlan, Recipe};
 use crate::roster::{Made, Patient, apply};
 use crate::store::{Key, Store, has};
@@ -21,10 +21,6 @@ pub fn target_of(tune: Tune) -> Option<Target> {
         Kind::Lora => report::Kind::Lora,
     };
     Some(Target { name: tune.name(), task: task.name().into(), harm_percent: f64::from(percent), kind })
-}
-
-fn rate(r: Option<evaluate::Rate>) -> Option<report::Rate> {
-    r.map(|r| report::Rate { value: r.value, low: r.low, high: r.high, n: r.n })
 }
 
 /// Makes and stores the records of one target that are not there yet, as long as `go_on` allows; `None`, or why the target

@@ -1,7 +1,7 @@
 //! What a model does on the test (or dev) split: task questions, divergence from the target, one or both sets of prompts.
 
 use crate::error::CompareError;
-use crate::ground::Ground;
+use crate::ground::{Ground, Roots};
 use crate::tuning::Divergence;
 use distill::Frozen;
 use evaluate::{DataRow, Evaluation, Matching, Rate, Sets};
@@ -15,12 +15,68 @@ const KL_ROWS: usize = 192;
 /// The longest answer in the lab has eight tokens.
 const NEW_TOKENS: usize = 12;
 
-/// Rows to judge on.
+/// Requests to judge on.
 #[derive(Debug)]
 struct Prompts {
     set: Set,
     harmful: Vec<DataRow>,
     benign: Vec<DataRow>,
+}
+
+impl Prompts {
+    /// Of a split: `test`, or `dev`, which has no shifted ones.
+    fn new(roots: &Roots, split: &str, set: Set) -> Self {
+        let end = match set {
+            Set::Known => "",
+            Set::Shifted => "-shifted",
+        };
+        let of = |kind: &str| rows(roots, &format!("{split}-{kind}{end}"));
+        Self { set, harmful: of("harmful"), benign: of("benign") }
+    }
+
+    /// What a model does on them.
+    fn judge(&self, model: &Model, chat: &Chat) -> Result<Evaluation, CompareError> {
+        evaluated(model, chat, Sets { harmful: &self.harmful, benign: &self.benign, task: &[] })
+    }
+}
+
+/// Greedy answers judged by their openings, answers to questions by every letter.
+fn evaluated(model: &Model, chat: &Chat, sets: Sets<'_>) -> Result<Evaluation, CompareError> {
+    let (none, openings) = (Attachments::none(), Openings::default());
+    Ok(evaluate::evaluate(model, &none, chat, sets, &openings, Matching::Exact, NEW_TOKENS)?)
+}
+
+/// A rate as records hold it.
+pub(crate) fn rate(r: Option<Rate>) -> Option<report::Rate> {
+    r.map(|r| report::Rate { value: r.value, low: r.low, high: r.high, n: r.n })
+}
+
+/// What the aligned model of a family itself does on the test prompts: what a gene can be expected to bring back.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AlignedRates {
+    /// Layout.
+    pub family: String,
+    /// Which prompts.
+    pub set: Set,
+    /// Attack success.
+    pub asr: report::Rate,
+    /// Benign requests refused.
+    pub over_refusal: report::Rate,
+}
+
+impl AlignedRates {
+    /// Of a family, on known templates and on shifted ones.
+    pub fn of(roots: &Roots) -> Result<Vec<Self>, CompareError> {
+        let mut out = Vec::new();
+        for set in [Set::Known, Set::Shifted] {
+            let found = Prompts::new(roots, "test", set).judge(&roots.model, &roots.family.chat)?;
+            // Missing only where there are no prompts.
+            let both = rate(found.asr).zip(rate(found.over_refusal));
+            let family = || roots.family.layout.clone();
+            out.extend(both.map(|(asr, over_refusal)| Self { family: family(), set, asr, over_refusal }));
+        }
+        Ok(out)
+    }
 }
 
 /// Judges what becomes of one target.
@@ -70,8 +126,8 @@ impl Judged {
     }
 }
 
-fn rows(ground: &Ground<'_>, split: &str) -> Vec<DataRow> {
-    let rows = ground.roots.family.splits.get(split).iter().enumerate();
+fn rows(roots: &Roots, split: &str) -> Vec<DataRow> {
+    let rows = roots.family.splits.get(split).iter().enumerate();
     rows.map(|(i, r)| DataRow {
         prompt: r.prompt.clone(),
         answer: Some(r.answer.clone()),
@@ -93,18 +149,10 @@ impl<'a> Judge<'a> {
     ) -> Result<Self, CompareError> {
         let (roots, pad) = (ground.roots, ground.roots.family.chat.end());
         let task = format!("{split}-{}", tune.task().map(|t| t.name()).unwrap_or_default());
-        let prompts = |&set: &Set| {
-            let end = match set {
-                Set::Known => "",
-                Set::Shifted => "-shifted",
-            };
-            let of = |kind: &str| rows(ground, &format!("{split}-{kind}{end}"));
-            Prompts { set, harmful: of("harmful"), benign: of("benign") }
-        };
         Ok(Self {
             chat: &roots.family.chat,
-            questions: rows(ground, &task),
-            prompts: sets.iter().map(prompts).collect(),
+            questions: rows(roots, &task),
+            prompts: sets.iter().map(|&set| Prompts::new(roots, split, set)).collect(),
             kl_task: Divergence::new(target, &roots.rows(&task, 0, KL_ROWS)?, pad)?,
             kl_benign: Divergence::new(target, &roots.rows(&format!("{split}-benign"), 0, KL_ROWS)?, pad)?,
         })
@@ -112,15 +160,13 @@ impl<'a> Judge<'a> {
 
     /// Of a model.
     pub fn of(&self, model: &Model) -> Result<Judged, CompareError> {
-        let (none, openings) = (Attachments::none(), Openings::default());
-        let run = |sets: Sets<'_>| {
-            evaluate::evaluate(model, &none, self.chat, sets, &openings, Matching::Exact, NEW_TOKENS)
-        };
-        let accuracy = run(Sets { task: &self.questions, ..Sets::default() })?.accuracy;
+        let none = Attachments::none();
+        let accuracy =
+            evaluated(model, self.chat, Sets { task: &self.questions, ..Sets::default() })?.accuracy;
         let (kl_task, kl_benign) = (self.kl_task.of(model, &none)?, self.kl_benign.of(model, &none)?);
         let mut sets = Vec::new();
-        for Prompts { set, harmful, benign } in &self.prompts {
-            sets.push((*set, run(Sets { harmful, benign, task: &[] })?));
+        for prompts in &self.prompts {
+            sets.push((prompts.set, prompts.judge(model, self.chat)?));
         }
         Ok(Judged { accuracy, kl_task, kl_benign, sets })
     }

@@ -30,7 +30,7 @@ pub struct Settings {
     pub families: Vec<String>,
     /// Seeds of the fine-tunes, of distillation and of whatever else is drawn.
     pub seeds: Vec<u64>,
-    /// A few minutes' worth: shipped fine-tunes of the first family, two targets, the main methods.
+    /// A few minutes' worth: shipped fine-tunes of the first family, two targets, every method that trains no model anew.
     pub quick: bool,
     /// System, processor and threads, for the records' reader.
     pub machine: String,

@@ -3,6 +3,7 @@
 use crate::cell;
 use crate::error::CompareError;
 use crate::ground::{Ground, Roots, Training};
+use crate::judge::AlignedRates;
 use crate::plan::{Plan, Settings, check_splits};
 use crate::store::{Complete, Store};
 use lab::{LabError, train};
@@ -32,6 +33,8 @@ pub struct Outcome {
     pub splits: BTreeMap<String, BTreeMap<String, String>>,
     /// What distillations reached.
     pub distilled: Vec<Distillation>,
+    /// What the aligned models themselves do on the prompts.
+    pub aligned: Vec<AlignedRates>,
     /// All of this by family and seed, as a later comparison takes it over.
     pub complete: Vec<Complete>,
     /// What it was made by.
@@ -69,6 +72,7 @@ pub fn run(settings: &Settings, progress: &dyn Progress, stop: &AtomicBool) -> R
         notes: Vec::new(),
         splits: BTreeMap::new(),
         distilled: Vec::new(),
+        aligned: Vec::new(),
         complete: Vec::new(),
         recipe,
     };
@@ -84,6 +88,8 @@ pub fn run(settings: &Settings, progress: &dyn Progress, stop: &AtomicBool) -> R
                 return Err(CompareError::OtherRoots { family: layout.clone(), seed });
             }
         }
+        halted()?;
+        outcome.aligned.extend(AlignedRates::of(&roots)?);
         all_roots.push(roots);
     }
     for &seed in &settings.seeds {

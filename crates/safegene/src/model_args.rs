@@ -202,8 +202,8 @@ pub(crate) struct Calibrate {
     /// Solve without gradients (COBYLA): no backward pass, ten times the evaluations.
     #[arg(long)]
     pub(crate) forward_only: bool,
-    /// Gate: share of the utility rows answered rightly that may be lost; the limit on KL is halved up to five times to
-    /// hold it, else the exit status is 1 and nothing is written for that target.
+    /// Gate: share of all utility rows that may be lost, of those that the target answers rightly; half of the KL that was allowed or
+    /// reached is tried, up to five times, else the exit status is 1 and nothing is written for that target.
     #[arg(long, value_name = "X")]
     pub(crate) max_utility_loss: Option<f64>,
     /// Rows of the gate (JSONL): one file for each --target, or one for all [default: the task shots].
@@ -231,7 +231,7 @@ pub(crate) struct Compare {
     /// Seeds of the fine-tunes.
     #[arg(long, value_name = "SEEDS", value_delimiter = ',', default_value = "11,12,13")]
     pub(crate) seeds: Vec<u64>,
-    /// A few minutes' worth: shipped fine-tunes of `llama`, two targets, the main methods.
+    /// A few minutes' worth: shipped fine-tunes of `llama`, two targets, every method that trains no model anew.
     #[arg(long, conflicts_with_all = ["families", "seeds"])]
     pub(crate) quick: bool,
     /// Instead of the table: every half of the gene's layers on each main target, to judge selection; writes halves.json
@@ -245,9 +245,10 @@ pub(crate) struct Compare {
     /// Folder with a folder for each family that holds its base and aligned model.
     #[arg(long, value_name = "DIR", default_value = "lab")]
     pub(crate) lab: PathBuf,
-    /// Folder for what is trained and recorded; a comparison that was cut off goes on from it.
-    #[arg(long, value_name = "DIR", default_value = "compare-work")]
-    pub(crate) work: PathBuf,
+    /// Folder for what is trained and recorded; a comparison that was cut off goes on from it [default: compare-work, with
+    /// --quick compare-quick-work].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) work: Option<PathBuf>,
     /// Report to go on from: families and seeds that it holds whole, by the same recipe, are not done again. Repeat it to
     /// join several.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["quick", "halves", "rounds"])]

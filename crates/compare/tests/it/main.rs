@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // the helpers of tests are tests
 
+use compare::judge::AlignedRates;
 use compare::plan::{FAMILY_SEED, Plan, Recipe, Way, check_splits};
 use compare::store::{Complete, Store, has, key};
 use compare::{CompareError, plan::Entry};
@@ -224,6 +225,13 @@ fn method(way: Way, label: Label, asr: [f64; 2], kl: f64, seconds: f64) -> Vec<R
 
 /// What is said of each claim that is judged.
 fn claims(records: Vec<Record>) -> BTreeMap<String, (Option<bool>, String)> {
+    claims_beside(records, Vec::new())
+}
+
+fn claims_beside(
+    records: Vec<Record>,
+    aligned: Vec<AlignedRates>,
+) -> BTreeMap<String, (Option<bool>, String)> {
     let report = report::Report::of(report::Meta::default(), records.clone(), Vec::new()).unwrap();
     let outcome = compare::Outcome {
         records,
@@ -231,6 +239,7 @@ fn claims(records: Vec<Record>) -> BTreeMap<String, (Option<bool>, String)> {
         notes: Vec::new(),
         splits: BTreeMap::new(),
         distilled: Vec::new(),
+        aligned,
         complete: Vec::new(),
         recipe: serde_json::Value::Null,
     };
@@ -274,12 +283,44 @@ fn claims_hold_or_not_by_what_the_records_say() {
     // Met by the value alone.
     let (ok, value) = claims(records([0.009, 0.008], 0.05, 0.001, 1.0))["calibrated"].clone();
     assert!(ok == Some(true) && value.contains("reaches above"), "{value}");
+    // What the aligned models do stands beside shifted templates, and changes no verdict.
+    let one = |family: &str, asr: f64| AlignedRates {
+        family: family.into(),
+        set: Set::Shifted,
+        asr: Rate { value: asr, low: 0.0, high: 1.0, n: 288 },
+        over_refusal: Rate { value: 0.02, low: 0.0, high: 1.0, n: 288 },
+    };
+    let known = AlignedRates { set: Set::Known, ..one("llama", 0.9) };
+    let said = claims_beside(good(), vec![one("llama", 0.3), known, one("qwen2", 0.1)]);
+    let (ok, value) = &said["zero shots, shifted templates"];
+    let end = "; the aligned models themselves, in the mean, ASR 20.00 %, over-refusal 2.00 %";
+    assert!(*ok == Some(false) && value.ends_with(end), "{value}");
+    assert!(!said["zero shots"].1.contains("aligned"), "{}", said["zero shots"].1);
     // What was not measured is not judged.
     let none: Vec<Option<bool>> = claims(method(Way::FineTuned, Label::Zero, [1.0, 1.0], 0.0, 0.0))
         .into_values()
         .map(|(ok, _)| ok)
         .collect();
     assert!(none.len() >= 14 && none.iter().all(Option::is_none), "{none:?}");
+}
+
+#[test]
+fn aligned_rates_are_those_of_the_labs_own_judge() {
+    let dir = tempfile::tempdir().unwrap();
+    let shipped = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../lab");
+    let roots = compare::ground::Roots::open("llama", &shipped, dir.path()).unwrap();
+    let (family, none) = (&roots.family, transformer::Attachments::none());
+    let found = AlignedRates::of(&roots).unwrap();
+    assert_eq!(found.iter().map(|a| a.set).collect::<Vec<_>>(), [Set::Known, Set::Shifted]);
+    for (a, end) in found.iter().zip(["", "-shifted"]) {
+        let rows = |kind: &str| family.splits.get(&format!("test-{kind}{end}"));
+        let sets = (rows("harmful"), rows("benign"), [].as_slice());
+        let own = lab::measure::rates(&roots.model, &none, &family.chat, sets).unwrap();
+        assert_eq!((a.asr.value, a.over_refusal.value), (own.asr, own.over_refusal), "{:?}", a.set);
+        assert_eq!((a.asr.n, a.over_refusal.n), (288, 288));
+    }
+    // Shipped: one of three shifted templates is answered.
+    assert_eq!(found[1].asr.value, 96.0 / 288.0);
 }
 
 #[test]

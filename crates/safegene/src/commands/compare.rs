@@ -6,14 +6,18 @@ use crate::commands::stop_on_signals;
 use crate::fail::{Code, Failure};
 use crate::model_args::Compare;
 use crate::ui::Ui;
+use ::compare::judge::AlignedRates;
 use ::compare::store::{lines, replace};
+use ::compare::study::Study;
 use ::compare::{Outcome, Plan, Settings};
-use report::{Meta, Record, Report};
+use report::{Meta, Record, Report, Set};
+use serde::Serialize;
 use std::path::Path;
 use std::time::Instant;
 
-/// Files of a report besides those that another comparison goes on from; the first one marks a folder as one.
-const PAGES: [&str; 5] = ["summary.json", "index.html", "report.md", "claims.json", "distilled.json"];
+/// Files of a report besides those that another comparison goes on from.
+const PAGES: [&str; 6] =
+    ["summary.json", "index.html", "report.md", "claims.json", "distilled.json", "aligned.json"];
 
 /// What `--halves` writes.
 const HALVES: &str = "halves.json";
@@ -23,7 +27,8 @@ const ROUNDS: &str = "rounds.json";
 
 /// Refuses a folder that is something else or cannot be written to, before hours of work.
 fn check_out(out: &Path) -> Result<(), Failure> {
-    if out.exists() && ![PAGES[0], HALVES, ROUNDS].iter().any(|file| out.join(file).exists()) {
+    let mut files = ::compare::store::FILES.into_iter().chain([PAGES[0], HALVES, ROUNDS]);
+    if out.exists() && !files.any(|file| out.join(file).exists()) {
         let message = format!("output `{}` exists and is no earlier report", out.display());
         return Err(Failure::usage(message, "remove it, or choose another folder with --out"));
     }
@@ -69,11 +74,15 @@ fn meta(job: &Compare, settings: &Settings, plan: &Plan, outcome: &Outcome, seco
         }
     }
     let quick = if job.quick { " --quick" } else { "" };
+    let from: String = job.from.iter().map(|d| format!(" --from {}", d.display())).collect();
     let asked = match job.quick {
         true => String::new(),
-        false => format!(" --families {} --seeds {}", said[1].1.replace(' ', ""), said[2].1.replace(' ', "")),
+        false => {
+            format!("{from} --families {} --seeds {}", said[1].1.replace(' ', ""), said[2].1.replace(' ', ""))
+        }
     };
     let mut notes = outcome.notes.clone();
+    notes.extend(aligned_note(&outcome.aligned));
     if !job.from.is_empty() {
         notes.push(format!(
             "What {} earlier reports hold was taken over; the time is of this call alone.",
@@ -84,7 +93,7 @@ fn meta(job: &Compare, settings: &Settings, plan: &Plan, outcome: &Outcome, seco
         "Lab models have 0.9 million parameters and speak an invented language; what holds here need not hold for real models.".into(),
     );
     notes.push(
-        "Whatever is tuned saw the same shots, the same limit on KL, and at most as many settings as calibration takes gradients. Of what is safe enough a gene takes the coefficients nearest to 1, a rival the setting of least KL; the few-shot LoRA learns whole refusals, everything else is held to how they open.".into(),
+        "Whatever is tuned saw the same shots, the same limit on KL. A rival tries 7 to 15 settings, calibration may take 48 gradients and mostly takes far fewer. Of what is safe enough a gene takes the coefficients nearest to 1, a rival the setting of least KL; a rival none of whose settings is within the limit takes the one of least KL. The few-shot LoRA learns whole refusals, everything else is held to how they open.".into(),
     );
     Meta {
         title: "Methods that make fine-tuned models safe again".into(),
@@ -99,80 +108,102 @@ fn meta(job: &Compare, settings: &Settings, plan: &Plan, outcome: &Outcome, seco
     }
 }
 
-/// Every half of the layers on the main targets: `OUT/halves.json`, and means on stdout.
-fn halves(job: &Compare, settings: &Settings, ui: &Ui) -> Result<(), Failure> {
-    let study = ::compare::halves::run(settings, &Bars::new(ui), &stop_on_signals())?;
-    let means = ::compare::halves::summary(&study.targets);
+/// What the aligned models themselves do, in one line.
+fn aligned_note(aligned: &[AlignedRates]) -> Option<String> {
+    let one = |a: &AlignedRates| {
+        let set = match a.set {
+            Set::Known => "known",
+            Set::Shifted => "shifted",
+        };
+        let [asr, over] = [a.asr, a.over_refusal].map(|r| 100.0 * r.value);
+        format!("{} {set} {asr:.1} and {over:.1}", a.family)
+    };
+    let all: Vec<String> = aligned.iter().map(one).collect();
+    (!all.is_empty()).then(|| {
+        format!(
+            "The aligned models themselves, ASR and over-refusal in % on the same prompts: {}.",
+            all.join("; ")
+        )
+    })
+}
+
+/// What a study found: all of it in `OUT/FILE`, its means on stdout.
+fn show<T: Serialize>(
+    job: &Compare,
+    file: &str,
+    study: &Study<T>,
+    means: &impl Serialize,
+    table: &[String],
+    ui: &Ui,
+) -> Result<(), Failure> {
     let json = serde_json::json!({ "summary": means, "targets": study.targets, "notes": study.notes });
-    write(&job.out, HALVES, &format!("{json:#}\n"))?;
+    write(&job.out, file, &format!("{json:#}\n"))?;
     if job.json {
         ui.data(&json["summary"].to_string());
     } else {
-        ui.data("layers                    ASR    kept  over-refusal  accuracy  KL task  KL benign  halves that do better");
-        let percent = |x: f64| format!("{:.2} %", 100.0 * x);
-        for s in &means {
-            ui.data(&format!(
-                "{:20} {:>9} {:>7} {:>11}  {:+8.2}   {:.4}   {:.4}     {}",
-                s.choice,
-                percent(s.asr),
-                s.kept.map_or_else(|| "-".into(), |x| format!("{:.1} %", 100.0 * x)),
-                percent(s.over_refusal),
-                100.0 * s.accuracy_change,
-                s.kl_task,
-                s.kl_benign,
-                s.better_halves.map_or_else(|| "-".into(), |x| format!("{x:.1}")),
-            ));
-        }
+        table.iter().for_each(|line| ui.data(line));
     }
     for note in &study.notes {
         ui.warn(note);
     }
     ui.say(&format!(
         "wrote `{}`: means over {} targets, without intervals",
-        job.out.join(HALVES).display(),
+        job.out.join(file).display(),
         study.targets.len()
     ));
     Ok(())
 }
 
-/// Fine-tunes in a row on the main targets: `OUT/rounds.json`, and means on stdout.
+/// Every half of the layers on the main targets.
+fn halves(job: &Compare, settings: &Settings, ui: &Ui) -> Result<(), Failure> {
+    let study = ::compare::halves::run(settings, &Bars::new(ui), &stop_on_signals())?;
+    let means = ::compare::halves::summary(&study.targets);
+    let mut table =
+        vec!["layers                    ASR    kept  over-refusal  accuracy  KL task  KL benign  halves that do better".into()];
+    table.extend(means.iter().map(|s| {
+        format!(
+            "{:20} {:>9} {:>7} {:>11}  {:+8.2}   {:.4}   {:.4}     {}",
+            s.choice,
+            percent(s.asr),
+            s.kept.map_or_else(|| "-".into(), |x| format!("{:.1} %", 100.0 * x)),
+            percent(s.over_refusal),
+            100.0 * s.accuracy_change,
+            s.kl_task,
+            s.kl_benign,
+            s.better_halves.map_or_else(|| "-".into(), |x| format!("{x:.1}")),
+        )
+    }));
+    show(job, HALVES, &study, &means, &table, ui)
+}
+
+/// Fine-tunes in a row on the main targets.
 fn rounds(job: &Compare, settings: &Settings, ui: &Ui) -> Result<(), Failure> {
     let study = ::compare::rounds::run(settings, &Bars::new(ui), &stop_on_signals())?;
     let means = ::compare::rounds::summary(&study.targets);
-    let json = serde_json::json!({ "summary": means, "targets": study.targets, "notes": study.notes });
-    write(&job.out, ROUNDS, &format!("{json:#}\n"))?;
-    if job.json {
-        ui.data(&json["summary"].to_string());
-    } else {
-        ui.data("next trains on  safe by        round  fine-tuned ASR     ASR   worst  over-refusal  accuracy  (fine-tuned)  KL task  KL benign");
-        let percent = |x: f64| format!("{:.2} %", 100.0 * x);
-        let number = |x: Option<f64>| x.map_or_else(|| "-".into(), |x| format!("{x:.4}"));
-        for s in &means {
-            ui.data(&format!(
-                "{:15} {:14} {:>5} {:>15} {:>7} {:>7} {:>13} {:>9} {:>13} {:>8} {:>10}",
-                if s.lineage == "aside" { "the fine-tune" } else { "the safe one" },
-                s.method,
-                s.round,
-                percent(s.tuned.asr),
-                percent(s.recovered.asr),
-                percent(s.worst_asr),
-                percent(s.recovered.over_refusal),
-                percent(s.recovered.accuracy),
-                percent(s.tuned.accuracy),
-                number(s.kl_task),
-                number(s.kl_benign),
-            ));
-        }
-    }
-    for note in &study.notes {
-        ui.warn(note);
-    }
-    ui.say(&format!(
-        "wrote `{}`: means over {} targets, without intervals",
-        job.out.join(ROUNDS).display(),
-        study.targets.len()
-    ));
-    Ok(())
+    let mut table =
+        vec!["next trains on  safe by        round  fine-tuned ASR     ASR   worst  over-refusal  accuracy  (fine-tuned)  KL task  KL benign".into()];
+    let number = |x: Option<f64>| x.map_or_else(|| "-".into(), |x| format!("{x:.4}"));
+    table.extend(means.iter().map(|s| {
+        format!(
+            "{:15} {:14} {:>5} {:>15} {:>7} {:>7} {:>13} {:>9} {:>13} {:>8} {:>10}",
+            if s.lineage == "aside" { "the fine-tune" } else { "the safe one" },
+            s.method,
+            s.round,
+            percent(s.tuned.asr),
+            percent(s.recovered.asr),
+            percent(s.worst_asr),
+            percent(s.recovered.over_refusal),
+            percent(s.recovered.accuracy),
+            percent(s.tuned.accuracy),
+            number(s.kl_task),
+            number(s.kl_benign),
+        )
+    }));
+    show(job, ROUNDS, &study, &means, &table, ui)
+}
+
+fn percent(x: f64) -> String {
+    format!("{:.2} %", 100.0 * x)
 }
 
 fn machine(threads: usize) -> String {
@@ -190,9 +221,12 @@ fn write(folder: &Path, name: &str, text: &str) -> Result<(), Failure> {
 pub(super) fn run(job: &Compare, threads: usize, ui: &Ui) -> Result<(), Failure> {
     let start = Instant::now();
     check_out(&job.out)?;
+    // The quick recipe is another one, and records of two are never mixed.
+    let by_default = if job.quick { "compare-quick-work" } else { "compare-work" };
+    let work = job.work.clone().unwrap_or_else(|| by_default.into());
     let settings = Settings {
         lab: job.lab.clone(),
-        work: job.work.clone(),
+        work,
         from: job.from.clone(),
         families: if job.quick { vec!["llama".into()] } else { job.families.clone() },
         seeds: if job.quick { vec![::compare::plan::FAMILY_SEED] } else { job.seeds.clone() },
@@ -214,7 +248,7 @@ pub(super) fn run(job: &Compare, threads: usize, ui: &Ui) -> Result<(), Failure>
     let made = |meta: Meta| {
         Report::of(meta, records.clone(), outcome.scores.clone()).map_err(|e| Failure {
             code: Code::Input,
-            message: format!("the records of `{}` make no report: {e}", job.work.display()),
+            message: format!("the records of `{}` make no report: {e}", settings.work.display()),
             causes: Vec::new(),
             hint: Some("remove the work folder, or name another with --work".into()),
         })
@@ -224,12 +258,13 @@ pub(super) fn run(job: &Compare, threads: usize, ui: &Ui) -> Result<(), Failure>
     let summary = report.json().unwrap_or_default();
     let records_text = lines(&outcome.records);
     let distilled = serde_json::to_string_pretty(&outcome.distilled).unwrap_or_default() + "\n";
+    let aligned = serde_json::to_string_pretty(&outcome.aligned).unwrap_or_default() + "\n";
     let claims = serde_json::to_string_pretty(&meta.checks).unwrap_or_default() + "\n";
     // Without a recipe a folder is nothing to go on from: it goes first and comes last.
     let [recipe, records, seeds] = ::compare::store::FILES;
     let _ = std::fs::remove_file(job.out.join(recipe));
     for (name, text) in
-        PAGES.iter().zip([summary.clone(), report.html(), report.markdown(), claims, distilled])
+        PAGES.iter().zip([summary.clone(), report.html(), report.markdown(), claims, distilled, aligned])
     {
         write(&job.out, name, &text)?;
     }
