@@ -5,7 +5,7 @@
 //! [`Model::trainable`].
 
 use crate::architecture::Architecture;
-use crate::attach::{Attachments, ModuleKind, VectorKind};
+use crate::attach::{Attachment, Attachments, ModuleKind, VectorKind};
 use crate::error::ModelError;
 use crate::ops::{self, RopeTable};
 use candle_core::{D, Device, Tensor, Var};
@@ -239,7 +239,7 @@ impl Model {
     }
 
     fn product(&self, x: &Tensor, w: &Tensor) -> candle_core::Result<Tensor> {
-        if self.variables.is_some() { x.matmul(&w.t()?) } else { ops::frozen_linear(x, w) }
+        if self.variables.is_some() { ops::linear(x, w) } else { ops::frozen_linear(x, (w, None)) }
     }
 
     fn linear(
@@ -250,18 +250,29 @@ impl Model {
         attachments: &Attachments,
     ) -> candle_core::Result<Tensor> {
         let linear = self.blocks[layer].linear(kind)?;
-        let mut y = self.product(x, &linear.w)?;
-        if let Some(bias) = &linear.bias {
-            y = y.broadcast_add(&attachments.vector(layer, VectorKind::Bias(kind), bias)?)?;
+        let mut bias = match &linear.bias {
+            Some(bias) => Some(attachments.vector(layer, VectorKind::Bias(kind), bias)?),
+            None => None,
+        };
+        let mut added = attachments.get(layer, kind).iter();
+        let low_rank = |at: &Attachment, weight: Option<ops::Weight<'_>>| {
+            ops::low_rank_linear(x, weight, (&at.a, &at.b, &at.scale))
+        };
+        let mut y = if self.variables.is_some() {
+            ops::linear(x, &linear.w)?
+        } else {
+            let fixed = bias.take_if(|bias| !bias.track_op());
+            let weight = (&linear.w, fixed.as_ref());
+            match added.next() {
+                Some(at) => low_rank(at, Some(weight))?,
+                None => ops::frozen_linear(x, weight)?,
+            }
+        };
+        if let Some(bias) = bias {
+            y = y.broadcast_add(&bias)?;
         }
-        for at in attachments.get(layer, kind) {
-            let times = |x: &Tensor, w: &Tensor| {
-                // A factor that is computed from a variable needs its gradient as much as a variable does.
-                if w.track_op() { x.matmul(&w.t()?) } else { ops::frozen_linear(x, w) }
-            };
-            // The scale goes on the narrow side: rank columns, not `out` ones.
-            let narrow = times(x, &at.a)?.broadcast_mul(&at.scale)?;
-            y = (y + times(&narrow, &at.b)?)?;
+        for at in added {
+            y = (y + low_rank(at, None)?)?;
         }
         Ok(y)
     }

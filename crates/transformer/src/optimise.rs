@@ -2,6 +2,7 @@
 //!
 //! Moments are kept in f32; the learning rate is given at each step, so that a schedule is the caller's.
 
+use crate::ops::simd::wide;
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, Var};
 
@@ -107,12 +108,18 @@ impl Optimiser {
         let (rate, decay, eps) = (lr as f32, (lr * s.weight_decay) as f32, s.eps as f32);
         for ((var, (m, v)), grad) in self.vars.iter().zip(&mut self.moments).zip(&mut grads) {
             let mut x = var.as_tensor().flatten_all()?.to_vec1::<f32>()?;
-            for i in 0..x.len() {
-                let g = grad[i] * shrink;
-                m[i] = b1 * m[i] + (1.0 - b1) * g;
-                v[i] = b2 * v[i] + (1.0 - b2) * g * g;
-                x[i] -= decay * x[i] + rate * (m[i] / c1) / ((v[i] / c2).sqrt() + eps);
-            }
+            wide(
+                #[inline(always)]
+                || {
+                    for (((x, m), v), g) in x.iter_mut().zip(m.iter_mut()).zip(v.iter_mut()).zip(grad.iter())
+                    {
+                        let g = g * shrink;
+                        *m = b1 * *m + (1.0 - b1) * g;
+                        *v = b2 * *v + (1.0 - b2) * g * g;
+                        *x -= decay * *x + rate * (*m / c1) / ((*v / c2).sqrt() + eps);
+                    }
+                },
+            );
             var.set(&Tensor::from_vec(x, var.shape(), var.device())?)?;
         }
         Ok(norm)

@@ -1,8 +1,10 @@
 //! Causal softmax attention: grouped key heads, padding in front, a sliding window.
 
-use super::{own, values, view};
+use super::simd::{BLOCK, axpy, dot, exp, row_times, sum, transposed_in_blocks, wide};
+use super::{own, read, view};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
+use std::ops::Range;
 use std::sync::Arc;
 
 struct Attention {
@@ -30,75 +32,101 @@ impl Dims {
     }
 
     /// Rows of head `head` gathered as `[len, d]` from `[len, heads, d]`.
+    #[inline(always)]
     fn gather(x: &[f32], heads: usize, head: usize, d: usize) -> Vec<f32> {
-        x.chunks(heads * d).flat_map(|row| row[head * d..(head + 1) * d].iter().copied()).collect()
-    }
-
-    /// `[len, d]` -> `[d, len]`.
-    fn transpose(x: &[f32], d: usize) -> Vec<f32> {
-        let n = x.len() / d;
-        let mut out = vec![0f32; x.len()];
-        for (i, row) in x.chunks(d).enumerate() {
-            for (j, v) in row.iter().enumerate() {
-                out[j * n + i] = *v;
-            }
+        let mut out = vec![0f32; x.len() / heads];
+        for (out, row) in out.chunks_exact_mut(d).zip(x.chunks_exact(heads * d)) {
+            out.copy_from_slice(&row[head * d..(head + 1) * d]);
         }
         out
     }
 
-    /// The keys that query `i` sees: the `window` last ones, itself included, but none before `start`.
-    fn seen(&self, i: usize, start: usize, window: usize) -> std::ops::RangeInclusive<usize> {
-        let last = self.s - self.t + i;
-        // A padding row sees itself, so that nothing divides by zero; nobody reads it.
-        start.max((last + 1).saturating_sub(window)).min(last)..=last
+    /// Places for all keys in whole blocks.
+    fn width(&self) -> usize {
+        self.s.next_multiple_of(BLOCK)
     }
 
-    /// Softmax weights of query `q` over the keys `seen`, written to `p` (zero elsewhere).
-    fn weights(
-        &self,
-        q: &[f32],
-        kt: &[f32],
-        seen: std::ops::RangeInclusive<usize>,
-        p: &mut [f32],
-    ) -> std::ops::Range<usize> {
-        let (from, last) = seen.into_inner();
-        p.fill(0.0);
-        let seen = &mut p[from..=last];
-        for (c, &qc) in q.iter().enumerate() {
-            for (p, k) in seen.iter_mut().zip(&kt[c * self.s + from..=c * self.s + last]) {
-                *p += qc * k;
-            }
-        }
+    /// The keys that query `i` sees: the `window` last ones, itself included, but none before `start`.
+    #[inline(always)]
+    fn seen(&self, i: usize, start: usize, window: usize) -> Range<usize> {
+        let last = self.s - self.t + i;
+        // A padding row sees itself, so that nothing divides by zero; nobody reads it.
+        start.max((last + 1).saturating_sub(window)).min(last)..last + 1
+    }
+
+    /// Softmax weights of query `q` over the keys `seen`, written there to `p`; what `p` holds elsewhere is nothing.
+    #[inline(always)]
+    fn weights(&self, q: &[f32], kt: &[f32], seen: &Range<usize>, p: &mut [f32]) {
+        row_times(p, q, kt, seen.start, seen.end);
+        let seen = &mut p[seen.clone()];
         let scale = 1.0 / (self.d as f32).sqrt();
         let max = seen.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x)) * scale;
-        let mut sum = 0f32;
         for p in seen.iter_mut() {
-            *p = (*p * scale - max).exp();
-            sum += *p;
+            *p = exp(*p * scale - max);
         }
+        let sum = sum(seen);
         for p in seen.iter_mut() {
             *p /= sum;
         }
-        from..last + 1
     }
-}
 
-fn axpy(out: &mut [f32], a: f32, x: &[f32]) {
-    for (o, x) in out.iter_mut().zip(x) {
-        *o += a * x;
-    }
-}
-
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0f32; 8];
-    let (ca, cb) = (a.chunks_exact(8), b.chunks_exact(8));
-    let tail: f32 = ca.remainder().iter().zip(cb.remainder()).map(|(a, b)| a * b).sum();
-    for (a, b) in ca.zip(cb) {
-        for i in 0..8 {
-            lanes[i] += a[i] * b[i];
+    /// One row of the batch.
+    #[inline(always)]
+    fn forward(&self, out: &mut [f32], (q, k, v): (&[f32], &[f32], &[f32]), start: usize, window: usize) {
+        let mut p = vec![0f32; self.width()];
+        for group in 0..self.g {
+            let kt = transposed_in_blocks(&Self::gather(k, self.g, group, self.d), self.d);
+            let vs = Self::gather(v, self.g, group, self.d);
+            for head in group * (self.h / self.g)..(group + 1) * (self.h / self.g) {
+                for i in 0..self.t {
+                    let at = (i * self.h + head) * self.d;
+                    let seen = self.seen(i, start, window);
+                    self.weights(&q[at..at + self.d], &kt, &seen, &mut p);
+                    let o = &mut out[at..at + self.d];
+                    for (p, v) in p[seen.clone()].iter().zip(vs[seen.start * self.d..].chunks_exact(self.d)) {
+                        axpy(o, *p, v);
+                    }
+                }
+            }
         }
     }
-    lanes.iter().sum::<f32>() + tail
+
+    /// Gradients of one row of the batch, added to `dq`, `dk` and `dv`.
+    #[inline(always)]
+    fn backward(
+        &self,
+        (dq, dk, dv): (&mut [f32], &mut [f32], &mut [f32]),
+        (q, k, v, g): (&[f32], &[f32], &[f32], &[f32]),
+        start: usize,
+        window: usize,
+    ) {
+        let d = self.d;
+        let scale = 1.0 / (d as f32).sqrt();
+        let mut p = vec![0f32; self.width()];
+        let mut dp = vec![0f32; self.width()];
+        for group in 0..self.g {
+            let kh = Self::gather(k, self.g, group, d);
+            let kt = transposed_in_blocks(&kh, d);
+            let vt = transposed_in_blocks(&Self::gather(v, self.g, group, d), d);
+            for head in group * (self.h / self.g)..(group + 1) * (self.h / self.g) {
+                for i in 0..self.t {
+                    let at = (i * self.h + head) * d;
+                    let (qi, gi) = (&q[at..at + d], &g[at..at + d]);
+                    let seen = self.seen(i, start, window);
+                    self.weights(qi, &kt, &seen, &mut p);
+                    row_times(&mut dp, gi, &vt, seen.start, seen.end);
+                    let mean = dot(&p[seen.clone()], &dp[seen.clone()]);
+                    for j in seen {
+                        let row = (j * self.g + group) * d;
+                        axpy(&mut dv[row..row + d], p[j], gi);
+                        let ds = p[j] * (dp[j] - mean) * scale;
+                        axpy(&mut dk[row..row + d], ds, qi);
+                        axpy(&mut dq[at..at + d], ds, &kh[j * d..(j + 1) * d]);
+                    }
+                }
+            }
+        }
+    }
 }
 
 impl CustomOp3 for Attention {
@@ -120,22 +148,12 @@ impl CustomOp3 for Attention {
         let (qrow, krow) = (n.t * n.h * n.d, n.s * n.g * n.d);
         out.par_chunks_mut(qrow).enumerate().for_each(|(b, out)| {
             let start = self.starts.get(b).map_or(0, |&s| s as usize);
-            let q = &q[b * qrow..(b + 1) * qrow];
-            let mut p = vec![0f32; n.s];
-            for group in 0..n.g {
-                let kt = Dims::transpose(&Dims::gather(&k[b * krow..(b + 1) * krow], n.g, group, n.d), n.d);
-                let vs = Dims::gather(&v[b * krow..(b + 1) * krow], n.g, group, n.d);
-                for head in group * (n.h / n.g)..(group + 1) * (n.h / n.g) {
-                    for i in 0..n.t {
-                        let at = (i * n.h + head) * n.d;
-                        let seen = n.weights(&q[at..at + n.d], &kt, n.seen(i, start, self.window), &mut p);
-                        let o = &mut out[at..at + n.d];
-                        for j in seen {
-                            axpy(o, p[j], &vs[j * n.d..(j + 1) * n.d]);
-                        }
-                    }
-                }
-            }
+            let keys = b * krow..(b + 1) * krow;
+            let row = (&q[b * qrow..(b + 1) * qrow], &k[keys.clone()], &v[keys]);
+            wide(
+                #[inline(always)]
+                || n.forward(out, row, start, self.window),
+            );
         });
         Ok(own(out, lq.shape()))
     }
@@ -148,44 +166,23 @@ impl CustomOp3 for Attention {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (_, n) = Dims::of(q.shape(), k.shape())?;
-        let (qs, ks, vs, gs) = (values(q)?, values(k)?, values(v)?, values(grad)?);
+        let grad = grad.contiguous()?;
+        let (qs, ks, vs, gs) = (read(q), read(k), read(v), read(&grad));
+        let (qs, ks, vs, gs) = (qs.values()?, ks.values()?, vs.values()?, gs.values()?);
         let (mut dq, mut dk, mut dv) = (vec![0f32; qs.len()], vec![0f32; ks.len()], vec![0f32; vs.len()]);
         let (qrow, krow) = (n.t * n.h * n.d, n.s * n.g * n.d);
-        let scale = 1.0 / (n.d as f32).sqrt();
         dq.par_chunks_mut(qrow)
             .zip(dk.par_chunks_mut(krow))
             .zip(dv.par_chunks_mut(krow))
             .enumerate()
             .for_each(|(b, ((dq, dk), dv))| {
                 let start = self.starts.get(b).map_or(0, |&s| s as usize);
-                let (q, g) = (&qs[b * qrow..(b + 1) * qrow], &gs[b * qrow..(b + 1) * qrow]);
-                let mut p = vec![0f32; n.s];
-                let mut dp = vec![0f32; n.s];
-                for group in 0..n.g {
-                    let kh = Dims::gather(&ks[b * krow..(b + 1) * krow], n.g, group, n.d);
-                    let vh = Dims::gather(&vs[b * krow..(b + 1) * krow], n.g, group, n.d);
-                    let (kt, vt) = (Dims::transpose(&kh, n.d), Dims::transpose(&vh, n.d));
-                    for head in group * (n.h / n.g)..(group + 1) * (n.h / n.g) {
-                        for i in 0..n.t {
-                            let at = (i * n.h + head) * n.d;
-                            let (qi, gi) = (&q[at..at + n.d], &g[at..at + n.d]);
-                            let seen = n.weights(qi, &kt, n.seen(i, start, self.window), &mut p);
-                            let (from, to) = (seen.start, seen.end);
-                            dp[from..to].fill(0.0);
-                            for (c, &gc) in gi.iter().enumerate() {
-                                axpy(&mut dp[from..to], gc, &vt[c * n.s + from..c * n.s + to]);
-                            }
-                            let mean = dot(&p[from..to], &dp[from..to]);
-                            for j in seen {
-                                let row = (j * n.g + group) * n.d;
-                                axpy(&mut dv[row..row + n.d], p[j], gi);
-                                let ds = p[j] * (dp[j] - mean) * scale;
-                                axpy(&mut dk[row..row + n.d], ds, qi);
-                                axpy(&mut dq[at..at + n.d], ds, &kh[j * n.d..(j + 1) * n.d]);
-                            }
-                        }
-                    }
-                }
+                let (queries, keys) = (b * qrow..(b + 1) * qrow, b * krow..(b + 1) * krow);
+                let row = (&qs[queries.clone()], &ks[keys.clone()], &vs[keys], &gs[queries]);
+                wide(
+                    #[inline(always)]
+                    || n.backward((dq, dk, dv), row, start, self.window),
+                );
             });
         let dev = q.device();
         Ok((
@@ -213,6 +210,7 @@ pub fn attention(
 mod tests {
     use super::*;
     use crate::ops::testing::{check, noise};
+    use crate::ops::values;
     use candle_core::Device;
 
     #[test]

@@ -1,6 +1,6 @@
 //! What a row of logits says: cross entropy, divergence from a reference, log-odds of a set of tokens.
 
-use super::{own, values, view};
+use super::{own, read, values, view};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -65,7 +65,8 @@ impl CustomOp1 for Divergence {
     fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let (_, v) = x.dims2()?;
         let g = values(grad)?[0];
-        let xs = values(x)?;
+        let xs = read(x);
+        let xs = xs.values()?;
         let mut dx = vec![0f32; xs.len()];
         dx.par_chunks_mut(v).zip(xs.par_chunks(v)).enumerate().for_each(|(i, (dx, x))| {
             log_softmax(x, dx);

@@ -2,7 +2,9 @@
 //!
 //! | op | inputs | gradient to |
 //! |---|---|---|
-//! | [`frozen_linear`] | x `[n, in]`, W `[out, in]` (a constant) | x |
+//! | [`frozen_linear`] | x `[n, in]`; W `[out, in]` and a bias `[out]`, constants | x |
+//! | [`low_rank_linear`] | the same, and A `[rank, in]`, B `[out, rank]`, s `[1]` | x, A, B, s |
+//! | [`linear`] | x `[n, in]`, W `[out, in]` | both |
 //! | [`rms_norm`] | x `[n, d]`, w `[d]` | x, w |
 //! | [`rope`] | x `[b, t, h, d]` | x |
 //! | [`attention`] | q `[b, t, h, d]`, k and v `[b, s, g, d]`, `g` divides `h` | q, k, v |
@@ -18,25 +20,48 @@ mod linear;
 mod logits;
 mod norm;
 mod rope;
+pub(crate) mod simd;
 mod swiglu;
 #[cfg(test)]
 mod testing;
 
 pub use attention::attention;
-pub use linear::frozen_linear;
+pub use linear::{Weight, frozen_linear, linear, low_rank_linear};
 pub(crate) use logits::log_softmax;
 pub use logits::{cross_entropy, kl, log_odds, token_set};
 pub use norm::rms_norm;
 pub use rope::{RopeForm, RopeTable, rope};
 pub use swiglu::{swiglu, swiglu_fused};
 
-use candle_core::{CpuStorage, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor, bail};
+use std::ops::Deref;
 
 fn view<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     match (layout.contiguous_offsets(), storage) {
         (Some((from, to)), CpuStorage::F32(data)) => Ok(&data[from..to]),
         (None, _) => bail!("operand is not contiguous"),
         _ => bail!("operand is not f32"),
+    }
+}
+
+/// A tensor's values in place, while this lives.
+struct Read<'a, S> {
+    storage: S,
+    layout: &'a Layout,
+}
+
+fn read(t: &Tensor) -> Read<'_, impl Deref<Target = Storage>> {
+    let (storage, layout) = t.storage_and_layout();
+    Read { storage, layout }
+}
+
+impl<S: Deref<Target = Storage>> Read<'_, S> {
+    /// Of a contiguous f32 tensor on the CPU.
+    fn values(&self) -> Result<&[f32]> {
+        match &*self.storage {
+            Storage::Cpu(storage) => view(storage, self.layout),
+            _ => bail!("operand is not on the CPU"),
+        }
     }
 }
 

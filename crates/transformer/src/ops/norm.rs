@@ -1,6 +1,7 @@
 //! RMS norm (arXiv 1910.07467).
 
-use super::{ROWS, own, values, view};
+use super::simd::{dot, wide};
+use super::{ROWS, own, read, view};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -23,12 +24,10 @@ impl CustomOp2 for RmsNorm {
         let d = w.len();
         let mut out = vec![0f32; x.len()];
         out.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).for_each(|(out, x)| {
-            for (out, x) in out.chunks_mut(d).zip(x.chunks(d)) {
-                let r = inverse_rms(x, self.eps);
-                for ((o, &x), &w) in out.iter_mut().zip(x).zip(w) {
-                    *o = x * r * w;
-                }
-            }
+            wide(
+                #[inline(always)]
+                || forward(out, x, w, self.eps),
+            );
         });
         Ok(own(out, lx.shape()))
     }
@@ -39,39 +38,56 @@ impl CustomOp2 for RmsNorm {
         _y: &Tensor,
         g: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (xs, ws, gs) = (values(x)?, values(w)?, values(g)?);
-        let d = ws.len();
+        let g = g.contiguous()?;
+        let (xs, ws, gs) = (read(x), read(w), read(&g));
+        let (xs, ws, gs) = (xs.values()?, ws.values()?, gs.values()?);
         let mut dx = vec![0f32; xs.len()];
-        let mut dw = vec![0f32; d];
-        for ((dx, x), g) in dx.chunks_mut(d).zip(xs.chunks(d)).zip(gs.chunks(d)) {
-            let r = inverse_rms(x, self.eps);
-            let mut dot = 0f32;
-            for j in 0..d {
-                dot += g[j] * ws[j] * x[j];
-                dw[j] += g[j] * x[j] * r;
-            }
-            let k = dot * r * r * r / d as f32;
-            for j in 0..d {
-                dx[j] = g[j] * ws[j] * r - x[j] * k;
-            }
-        }
-        Ok((
-            Some(Tensor::from_vec(dx, x.shape(), x.device())?),
-            Some(Tensor::from_vec(dw, w.shape(), w.device())?),
-        ))
+        // A frozen norm asks for nothing.
+        let mut dw = w.track_op().then(|| vec![0f32; ws.len()]);
+        wide(
+            #[inline(always)]
+            || backward(&mut dx, dw.as_deref_mut(), (xs, ws, gs), self.eps),
+        );
+        let dw = dw.map(|dw| Tensor::from_vec(dw, w.shape(), w.device())).transpose()?;
+        Ok((Some(Tensor::from_vec(dx, x.shape(), x.device())?), dw))
     }
 }
 
-fn inverse_rms(x: &[f32], eps: f32) -> f32 {
-    let mut lanes = [0f32; 8];
-    let mut chunks = x.chunks_exact(8);
-    for c in &mut chunks {
-        for (l, v) in lanes.iter_mut().zip(c) {
-            *l += v * v;
+#[inline(always)]
+fn forward(out: &mut [f32], x: &[f32], w: &[f32], eps: f32) {
+    for (out, x) in out.chunks_mut(w.len()).zip(x.chunks(w.len())) {
+        let r = inverse_rms(x, eps);
+        for ((o, &x), &w) in out.iter_mut().zip(x).zip(w) {
+            *o = x * r * w;
         }
     }
-    let sum: f32 = lanes.iter().sum::<f32>() + chunks.remainder().iter().map(|v| v * v).sum::<f32>();
-    1.0 / (sum / x.len() as f32 + eps).sqrt()
+}
+
+/// `dx`, and `dw` if asked for, of input, weight and the output's gradient.
+#[inline(always)]
+fn backward(dx: &mut [f32], mut dw: Option<&mut [f32]>, (x, w, g): (&[f32], &[f32], &[f32]), eps: f32) {
+    let d = w.len();
+    let mut gw = vec![0f32; d];
+    for ((dx, x), g) in dx.chunks_mut(d).zip(x.chunks(d)).zip(g.chunks(d)) {
+        let r = inverse_rms(x, eps);
+        for ((gw, &g), &w) in gw.iter_mut().zip(g).zip(w) {
+            *gw = g * w;
+        }
+        let k = dot(&gw, x) * r * r * r / d as f32;
+        for ((dx, &gw), &x) in dx.iter_mut().zip(&gw).zip(x) {
+            *dx = gw * r - x * k;
+        }
+        if let Some(dw) = dw.as_deref_mut() {
+            for ((dw, &g), &x) in dw.iter_mut().zip(g).zip(x) {
+                *dw += g * x * r;
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn inverse_rms(x: &[f32], eps: f32) -> f32 {
+    1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt()
 }
 
 /// `w · x / sqrt(mean(x²) + eps)` over the last dimension (arXiv 1910.07467).
@@ -83,6 +99,7 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
 mod tests {
     use super::*;
     use crate::ops::testing::{check, noise};
+    use crate::ops::values;
     use candle_core::Device;
 
     #[test]

@@ -1,14 +1,36 @@
 //! `silu(gate) · up` (arXiv 2002.05202), of two operands or of the halves of one.
 
-use super::{own, values, view};
+use super::simd::{exp, wide};
+use super::{own, read, view};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-struct Swiglu;
+/// Elements per unit of parallel work.
+const PART: usize = 1 << 14;
 
+#[inline(always)]
 fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
+    1.0 / (1.0 + exp(-x))
 }
+
+#[inline(always)]
+fn forward(out: &mut [f32], gate: &[f32], up: &[f32]) {
+    for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+        *o = g * sigmoid(g) * u;
+    }
+}
+
+/// Gradients `dg` and `du` for the gate and the other operand, `d` being that for the product.
+#[inline(always)]
+fn backward((dg, du): (&mut [f32], &mut [f32]), gate: &[f32], up: &[f32], d: &[f32]) {
+    for ((((dg, du), &g), &u), &d) in dg.iter_mut().zip(du).zip(gate).zip(up).zip(d) {
+        let s = sigmoid(g);
+        *dg = d * u * s * (1.0 + g * (1.0 - s));
+        *du = d * g * s;
+    }
+}
+
+struct Swiglu;
 
 impl CustomOp2 for Swiglu {
     fn name(&self) -> &'static str {
@@ -23,13 +45,12 @@ impl CustomOp2 for Swiglu {
     ) -> Result<(CpuStorage, Shape)> {
         let (g, u) = (view(sg, lg)?, view(su, lu)?);
         let mut out = vec![0f32; g.len()];
-        out.par_chunks_mut(1 << 14).zip(g.par_chunks(1 << 14)).zip(u.par_chunks(1 << 14)).for_each(
-            |((out, g), u)| {
-                for ((o, &g), &u) in out.iter_mut().zip(g).zip(u) {
-                    *o = g * sigmoid(g) * u;
-                }
-            },
-        );
+        out.par_chunks_mut(PART).zip(g.par_chunks(PART)).zip(u.par_chunks(PART)).for_each(|((out, g), u)| {
+            wide(
+                #[inline(always)]
+                || forward(out, g, u),
+            );
+        });
         Ok(own(out, lg.shape()))
     }
     fn bwd(
@@ -39,19 +60,20 @@ impl CustomOp2 for Swiglu {
         _y: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (gs, us, ds) = (values(g)?, values(u)?, values(grad)?);
+        let grad = grad.contiguous()?;
+        let (gs, us, ds) = (read(g), read(u), read(&grad));
+        let (gs, us, ds) = (gs.values()?, us.values()?, ds.values()?);
         let (mut dg, mut du) = (vec![0f32; gs.len()], vec![0f32; us.len()]);
-        dg.par_chunks_mut(1 << 14)
-            .zip(du.par_chunks_mut(1 << 14))
-            .zip(gs.par_chunks(1 << 14))
-            .zip(us.par_chunks(1 << 14))
-            .zip(ds.par_chunks(1 << 14))
+        dg.par_chunks_mut(PART)
+            .zip(du.par_chunks_mut(PART))
+            .zip(gs.par_chunks(PART))
+            .zip(us.par_chunks(PART))
+            .zip(ds.par_chunks(PART))
             .for_each(|((((dg, du), g), u), d)| {
-                for i in 0..d.len() {
-                    let s = sigmoid(g[i]);
-                    dg[i] = d[i] * u[i] * s * (1.0 + g[i] * (1.0 - s));
-                    du[i] = d[i] * g[i] * s;
-                }
+                wide(
+                    #[inline(always)]
+                    || backward((dg, du), g, u, d),
+                );
             });
         Ok((
             Some(Tensor::from_vec(dg, g.shape(), g.device())?),
@@ -81,24 +103,26 @@ impl CustomOp1 for SwigluFused {
         let mut out = vec![0f32; n * f];
         out.par_chunks_mut(f).zip(x.par_chunks(both)).for_each(|(out, x)| {
             let (g, u) = x.split_at(f);
-            for ((o, &g), &u) in out.iter_mut().zip(g).zip(u) {
-                *o = g * sigmoid(g) * u;
-            }
+            wide(
+                #[inline(always)]
+                || forward(out, g, u),
+            );
         });
         Ok(own(out, (n, f)))
     }
     fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let both = x.dim(1)?;
         let f = both / 2;
-        let (xs, ds) = (values(x)?, values(grad)?);
+        let grad = grad.contiguous()?;
+        let (xs, ds) = (read(x), read(&grad));
+        let (xs, ds) = (xs.values()?, ds.values()?);
         let mut dx = vec![0f32; xs.len()];
         dx.par_chunks_mut(both).zip(xs.par_chunks(both)).zip(ds.par_chunks(f)).for_each(|((dx, x), d)| {
-            let ((g, u), (dg, du)) = (x.split_at(f), dx.split_at_mut(f));
-            for i in 0..f {
-                let s = sigmoid(g[i]);
-                dg[i] = d[i] * u[i] * s * (1.0 + g[i] * (1.0 - s));
-                du[i] = d[i] * g[i] * s;
-            }
+            let ((g, u), halves) = (x.split_at(f), dx.split_at_mut(f));
+            wide(
+                #[inline(always)]
+                || backward(halves, g, u, d),
+            );
         });
         Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
     }
@@ -113,6 +137,7 @@ pub fn swiglu_fused(gate_up: &Tensor) -> Result<Tensor> {
 mod tests {
     use super::*;
     use crate::ops::testing::{check, noise};
+    use crate::ops::values;
     use candle_core::Device;
 
     #[test]
