@@ -333,11 +333,12 @@ pub struct Reached {
 }
 
 impl<'a> Ground<'a> {
-    /// Makes the genes that are not there yet; everything that a plan trains must be there.
+    /// Makes the genes that are not there yet, `threads` at a time; everything that a plan trains must be there.
     pub fn open(
         roots: &'a Roots,
         seed: u64,
         recipe: &Recipe,
+        threads: usize,
         progress: &dyn Progress,
     ) -> Result<Self, CompareError> {
         let root = roots.seed_folder(seed);
@@ -354,19 +355,18 @@ impl<'a> Ground<'a> {
         let svd = Gene::open(&svd_at)?;
         let mut notes = Vec::new();
         let held = drifts(roots, seed, &mut notes)?;
-        for (name, start) in [("distilled", Some(&svd)), ("fresh", None)] {
-            let out = genes.join(name);
-            if out.exists() {
-                continue;
-            }
+        let mut missing = vec![("distilled", Some(&svd)), ("fresh", None)];
+        missing.retain(|(name, _)| !genes.join(name).exists());
+        lab::train::each::<CompareError>(missing.len(), threads, &|i| {
+            let (name, start) = missing[i];
             let start = match start {
                 Some(gene) => factors_of(gene)?,
                 None => fresh_factors(&roots.model, recipe.rank, seed),
             };
             let mut watch = Steps { name: format!("{} {seed} {name}", roots.family.layout), progress };
             let (factors, reached) = distilled(roots, seed, recipe, &held, start, &mut watch)?;
-            write_gene(roots, &aligned()?, recipe, factors, &reached, &out)?;
-        }
+            write_gene(roots, &aligned()?, recipe, factors, &reached, &genes.join(name))
+        })?;
         let open = |name: &str| -> Result<GeneAttachments, CompareError> {
             Ok(GeneAttachments::new(&Gene::open(&genes.join(name))?)?)
         };

@@ -147,7 +147,7 @@ fn one(
     trained(plan, roots, seed, settings.threads, progress, halted)?;
     halted()?;
     progress.stage(&format!("genes, {layout}, seed {seed}"), 1);
-    let ground = Ground::open(roots, seed, &plan.recipe, progress)?;
+    let ground = Ground::open(roots, seed, &plan.recipe, settings.threads, progress)?;
     progress.part("distilled");
     let keys = store.keys();
     progress.stage(&format!("methods, {layout}, seed {seed}"), plan.cells.len());

@@ -72,7 +72,7 @@ pub(crate) fn run<T: OnTarget>(
             let roots = Roots::open(layout, &settings.lab, &settings.work)?;
             crate::run::trained(&plan, &roots, seed, settings.threads, progress, &halted)?;
             halted()?;
-            let ground = Ground::open(&roots, seed, &plan.recipe, progress)?;
+            let ground = Ground::open(&roots, seed, &plan.recipe, settings.threads, progress)?;
             let mut fit = Vec::new();
             for tune in tunes {
                 let rates = rates_of(&roots, seed, &Training::Plain(tune).folder())?;
