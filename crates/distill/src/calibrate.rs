@@ -1,24 +1,29 @@
 //! Which coefficients a target needs.
 //!
-//! That one scalar a layer is tuned in each target on a few examples is SafeGene's (arXiv 2606.06519); the two problems
-//! below, their limits and the solver are our own definitions, because no source states any.
+//! That one scalar a layer is tuned in each target on a few examples is SafeGene's (arXiv 2606.06519); the problem
+//! below, its limits and the solver are our own definitions, because no source states any.
 //!
 //! With `L` the loss of the wanted answers on the safety shots (nat per answer: `−log p` of all its tokens, mean over shots) and
 //! `KL` how far the target moves on the task shots and on the benign shots (nat per token, each averaged over its own tokens):
 //!
-//! 1. the least `mean_l (c_l − 1)²` such that `L ≤ δ`, `KL_task ≤ ε` and `KL_benign ≤ ε`;
-//!    ([`Aim::LeastKl`] asks for the least `KL_task + KL_benign` such that `L ≤ δ` instead);
-//! 2. where no `c` is that safe within the limits: the least `log L + 0.3 · mean_l (c_l − 1)²` such that `KL_task ≤ ε` and
-//!    `KL_benign ≤ ε`, or nothing where that makes refusals no likelier ([`Aim::LeastKl`]: the least `L`).
+//! ```text
+//! minimise    log max(L(c), δ) + p · mean_l (c_l − 1)²
+//! subject to  KL_task(c) ≤ ε,  KL_benign(c) ≤ ε,  0 ≤ c_l ≤ c_max
+//! ```
 //!
-//! The gene was distilled to be added once, on many rows; a handful of shots says where that is not enough or too much, and
-//! little about anything else. So coefficients leave 1 only as far as the shots ask for. For the same reason safety rows
-//! should be cut to how their refusal opens ([`transformer::Chat::opening`]): what a target says after that is its wording,
-//! and a loss over all of it is spent on teaching phrases.
+//! or nothing where that makes refusals no likelier. The gene was distilled to be added once, on many rows; a handful of shots says
+//! where that is not enough or too much, and little about anything else. So leaving 1 has a price `p`: the coefficients go as far
+//! as all shots together make safer by it, and do not run after one odd shot. Below δ nothing is gained. For the same reason
+//! safety rows should be cut to how their refusal opens ([`transformer::Chat::opening`]): what a target says after that is its
+//! wording, and a loss over all of it is spent on teaching phrases.
 //!
-//! A target whose loss is small to begin with is left as it is. `0 ≤ c_l ≤ c_max` always. The solver is [`crate::sqp`] with
-//! exact gradients, on `log L`, or, where gradients cost too much memory, COBYLA (Powell 1994) on values alone; what ends
-//! above the limit is scaled back towards zero by bisection.
+//! The problem is solved as two smooth ones, of whose answers the better is taken: the least distance such that `L ≤ δ`, and, unless
+//! that costs next to nothing, the least `log L` with its price. [`Aim::LeastKl`] asks for the least `KL_task + KL_benign` such that `L ≤ δ`
+//! instead of the first, and only where that cannot be had within the limits for the least `L`, without a price.
+//!
+//! A target whose loss is small to begin with is left as it is. The solver is [`crate::sqp`] with exact gradients, on `log L`, or,
+//! where gradients cost too much memory, COBYLA (Powell 1994) on values alone; what ends above the limit is scaled back
+//! towards zero by bisection.
 
 use crate::gene::{Frozen, GeneAttachments};
 use crate::sqp::{self, Point, Settings};
@@ -115,7 +120,7 @@ pub enum Freedom {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Aim {
-    /// Those nearest to 1.
+    /// Those near 1, as far from it as it makes safer.
     #[default]
     Nearest,
     /// Those of least KL on the shots. It trusts a handful of shots more than the gene, whose coefficients end far apart.
@@ -145,6 +150,9 @@ pub struct Limits {
     /// Safety loss of a target that is left as it is, nat per answer: one that refuses already can only lose.
     #[serde(default)]
     pub leave: f64,
+    /// What `log L` has to fall by to pay for coefficients that are 1 away from 1 ([`Aim::Nearest`]).
+    #[serde(default)]
+    pub price: f64,
     /// Evaluations with gradients in each of the two problems; without gradients ten times as many.
     pub gradients_max: usize,
     /// What may move.
@@ -165,6 +173,7 @@ impl Default for Limits {
             c_max: 10.0,
             delta: 0.003,
             leave: 0.05,
+            price: PRICE,
             gradients_max: 24,
             freedom: Freedom::PerLayer,
             aim: Aim::Nearest,
@@ -185,10 +194,12 @@ impl Limits {
         positive("max-kl", self.max_kl)?;
         positive("c-max", self.c_max)?;
         positive("delta", self.delta)?;
-        match self.leave.is_finite() && self.leave >= 0.0 {
+        let not_negative = |name, value: f64| match value.is_finite() && value >= 0.0 {
             true => Ok(()),
-            false => Err(CalibrationError::Limit { name: "leave", value: self.leave, need: "zero or more" }),
-        }
+            false => Err(CalibrationError::Limit { name, value, need: "zero or more" }),
+        };
+        not_negative("price", self.price)?;
+        not_negative("leave", self.leave)
     }
 }
 
@@ -202,7 +213,7 @@ pub enum Goal {
     Nearest,
     /// The safety asked for, within the limits, at the least KL.
     LeastKl,
-    /// The safety asked for costs more than the limit: about as safe as the limit allows.
+    /// The safety asked for costs more than the limit, or coefficients further from 1 than it is worth: about as safe as that allows.
     LeastLoss,
 }
 
@@ -337,18 +348,18 @@ impl Values {
     }
 
     /// The second problem: least loss under the limit.
-    fn least_loss(&self, x: &[f64], eps: f64, pull: f64) -> Point {
+    fn least_loss(&self, x: &[f64], eps: f64, price: f64) -> Point {
         let (l, dl) = self.log_loss();
         let (h, dh) = self.within_limit(eps);
-        let (far, slope) = from_one(x, pull);
+        let (far, slope) = from_one(x, price);
         // Without gradients asked for there are none.
         let df = dl.iter().zip(&slope).map(|(a, b)| a + b).collect();
         Point { x: x.to_vec(), f: l + far, df, h, dh }
     }
 }
 
-/// What `log L` has to fall by to pay for coefficients that are 1 away from 1, in the second problem.
-const PULL: f64 = 0.3;
+/// The default price.
+const PRICE: f64 = 0.3;
 
 /// `weight · mean (x − 1)²` with its gradient.
 fn from_one(x: &[f64], weight: f64) -> (f64, Vec<f64>) {
@@ -530,12 +541,12 @@ impl<'a> Problem<'a> {
         start: &[f64],
         limits: &Limits,
         max_kl: f64,
-        pull: f64,
+        price: f64,
     ) -> Result<(Vec<f64>, Values, usize), CalibrationError> {
-        let curvature = 2.0 * pull / start.len().max(1) as f64;
+        let curvature = 2.0 * price / start.len().max(1) as f64;
         let settings = Settings { radius: 1.0, curvature, ..settings(limits) };
         let strict = max_kl / (1.0 + settings.feasible);
-        let state = |v: &Values, x: &[f64]| v.least_loss(x, strict, pull);
+        let state = |v: &Values, x: &[f64]| v.least_loss(x, strict, price);
         let (best, mut v, mut used) = self.solve(start, &settings, limits.solver, &state)?;
         let mut c = best.x;
         if !v.within(max_kl) {
@@ -561,6 +572,9 @@ impl<'a> Problem<'a> {
 
 /// Share of the limit on KL below which less of it is not looked for.
 const NEGLIGIBLE: f64 = 1e-3;
+
+/// A price that is paid without looking for something cheaper.
+const CHEAP: f64 = 0.05;
 
 /// Budget and tolerances.
 fn settings(limits: &Limits) -> Settings {
@@ -603,9 +617,9 @@ pub fn calibrate(
         return Ok(result(&zeros, &zero, Goal::AlreadySafe, 0));
     }
     // 1. The safety asked, within the limits.
-    let (enough, curvature, goal, pull) = match limits.aim {
+    let (enough, curvature, goal, price) = match limits.aim {
         // A mean distance of a thousandth is none.
-        Aim::Nearest => (1e-6, 2.0 / ones.len() as f64, Goal::Nearest, PULL),
+        Aim::Nearest => (1e-6, 2.0 / ones.len() as f64, Goal::Nearest, limits.price),
         Aim::LeastKl => (NEGLIGIBLE * eps, 0.0, Goal::LeastKl, 0.0),
     };
     let settings = Settings { enough, curvature, ..settings(limits) };
@@ -616,17 +630,24 @@ pub fn calibrate(
         Aim::LeastKl => v.least_kl(x, log_delta),
     };
     let (best, at_best, first) = problem.solve(&ones, &settings, limits.solver, &state)?;
-    if best.violation() <= settings.feasible && at_best.within(eps) {
+    let held = best.violation() <= settings.feasible && at_best.within(eps);
+    let paid = price * from_one(&best.x, 1.0).0;
+    if held && paid <= CHEAP {
         return Ok(result(&best.x, &at_best, goal, first));
     }
-    // 2. The least loss under the limit, from where it is about met on the way to the first answer: KL grows with the
-    // square.
-    let over = (at_best.task.0.max(at_best.benign.0) / eps).max(1.0).sqrt();
-    let start: Vec<f64> = best.x.iter().map(|x| x / over).collect();
-    let (c, v, second) = problem.least_loss(&start, limits, eps, pull)?;
+    // 2. The least loss under the limit that is worth its price, from where it is about met on the way to 1 everywhere (to the
+    // first answer, where distance has no price): KL grows with the square.
+    let (from, at_from) = if price > 0.0 { (&ones, &one) } else { (&best.x, &at_best) };
+    let over = (at_from.task.0.max(at_from.benign.0) / eps).max(1.0).sqrt();
+    let start: Vec<f64> = from.iter().map(|x| x / over).collect();
+    let (c, v, second) = problem.least_loss(&start, limits, eps, price)?;
+    let used = first + second;
+    if held && log_delta + paid <= v.loss.0.max(limits.delta).ln() + price * from_one(&c, 1.0).0 {
+        return Ok(result(&best.x, &at_best, goal, used));
+    }
     // The solver's best need not be better than nothing.
     let (c, v) = if v.loss.0 < zero.loss.0 { (&c, &v) } else { (&zeros, &zero) };
-    Ok(result(c, v, Goal::LeastLoss, first + second))
+    Ok(result(c, v, Goal::LeastLoss, used))
 }
 
 /// What each layer's coefficient does on the shots: loss and KL without it.

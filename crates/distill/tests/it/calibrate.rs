@@ -179,7 +179,7 @@ fn nearest_to_one_within_every_limit_beats_every_point_of_a_grid() {
         (more, 10.0, Freedom::PerLayer, Solver::ForwardOnly),
     ];
     for (delta, max_kl, freedom, solver) in cases {
-        let limits = Limits { max_kl, delta, c_max: 4.0, freedom, solver, ..Limits::default() };
+        let limits = Limits { max_kl, delta, c_max: 4.0, price: 0.0, freedom, solver, ..Limits::default() };
         let found = calibrate(&Frozen::new(&model), &gene, &shots, &limits, 0).unwrap();
         let (loss, task, benign) = check_report(&found, &meter, &limits);
         let case = format!("{freedom:?}, {solver:?}, delta {delta}, limit {max_kl}: {found:?}");
@@ -204,6 +204,38 @@ fn nearest_to_one_within_every_limit_beats_every_point_of_a_grid() {
         assert!(from_one(&c) <= slack * best, "{} from 1, the grid's best {best}: {case}", from_one(&c));
         assert!(from_one(&c) > 0.0, "{case}");
     }
+}
+
+#[test]
+fn coefficients_go_as_far_as_it_pays_which_beats_every_point_of_a_grid() {
+    let (model, gene) = (model(), gene(1.0));
+    let shots = shots(&model, &gene);
+    let meter = Meter::new(&model, &gene, &shots);
+    let (before, at_one) = (meter.at([0.0; 3]).0, meter.at([1.0; 3]));
+    let delta = at_one.0 - 0.5 * (before - at_one.0);
+    let max_kl = 2.0 * at_one.1.max(at_one.2);
+    let mut distances = Vec::new();
+    for price in [0.01, 0.3, 2.0, 30.0] {
+        let limits = Limits { max_kl, delta, c_max: 4.0, price, ..Limits::default() };
+        let found = calibrate(&Frozen::new(&model), &gene, &shots, &limits, 0).unwrap();
+        let (loss, task, benign) = check_report(&found, &meter, &limits);
+        assert!(task <= max_kl && benign <= max_kl, "{task} {benign}: {found:?}");
+        let objective = |loss: f64, c: &[f64]| loss.max(delta).ln() + price * from_one(c);
+        let fits = |(_, t, b): &(f64, f64, f64)| t.max(*b) <= max_kl;
+        let grid = meter.grid_from(0.4, 1.6).into_iter().chain(meter.grid(limits.c_max));
+        let best =
+            grid.filter(|(_, v)| fits(v)).map(|(c, v)| objective(v.0, &c)).fold(f64::INFINITY, f64::min);
+        let c: Vec<f64> = found.coefficients.values().copied().collect();
+        // What is let pass: 2 % of δ, and the price below which nothing cheaper is looked for.
+        let reached = objective(loss, &c);
+        assert!(reached <= best + 0.02 + 0.05, "{reached} found, {best} on the grid: {found:?}");
+        let safe = loss <= delta * 1.021;
+        assert_eq!(found.goal == Goal::Nearest, safe, "{found:?}");
+        distances.push(from_one(&c));
+    }
+    // A higher price keeps them nearer; none keeps them there.
+    assert!(distances.windows(2).all(|d| d[1] <= d[0] * 1.001), "{distances:?}");
+    assert!(distances[3] < 0.5 * distances[0] && distances[3] > 0.0, "{distances:?}");
 }
 
 #[test]
@@ -237,10 +269,10 @@ fn least_loss_under_the_limit_beats_every_point_of_a_grid() {
         .grid(limits.c_max)
         .into_iter()
         .filter(|(_, (_, t, b))| *t <= limits.max_kl && *b <= limits.max_kl)
-        .map(|(c, (loss, ..))| loss.ln() + 0.3 * from_one(&c))
+        .map(|(c, (loss, ..))| loss.ln() + limits.price * from_one(&c))
         .fold(f64::INFINITY, f64::min);
     let c: Vec<f64> = found.coefficients.values().copied().collect();
-    let reached = loss.ln() + 0.3 * from_one(&c);
+    let reached = loss.ln() + limits.price * from_one(&c);
     assert!(reached <= best, "{reached} found, {best} on the grid");
     assert!(loss < meter.at([0.0; 3]).0);
 }
