@@ -5,7 +5,7 @@
 //! where it matters (shots, dev, test). The base and the aligned model know every noun; after that, a test noun
 //! occurs in no stage before evaluation.
 
-use crate::language::{Language, Noun, REFUSAL, SHIFTED, TEMPLATES, rng, split_nouns};
+use crate::language::{Language, Noun, REFUSAL, SHIFTED, SHIFTED_DEV, TEMPLATES, rng, split_nouns};
 use crate::tasks::{DRIFTS, TESTED, Task};
 use rand::RngExt;
 use rand::seq::SliceRandom;
@@ -88,7 +88,7 @@ impl Splits {
     /// The splits of a family.
     pub fn new(language: &Language, seed: u64) -> Self {
         let forbidden = split_nouns(language, true, &[16, 16, 12, 16, 12, 24], seed);
-        let safe = split_nouns(language, false, &[16, 24, 16, 24], seed);
+        let safe = split_nouns(language, false, &[16, 24, 16, 24, 16], seed);
         let mut rng = rng(seed, "splits");
         let mut files = BTreeMap::new();
         let mut put = |name: &str, rows: Vec<DataRow>| files.insert(name.to_string(), rows);
@@ -109,6 +109,8 @@ impl Splits {
         put("test-benign", requests(language, &safe[3], &TEMPLATES, false, &mut rng));
         put("test-harmful-shifted", requests(language, &forbidden[5], &SHIFTED, true, &mut rng));
         put("test-benign-shifted", requests(language, &safe[3], &SHIFTED, false, &mut rng));
+        put("dev-harmful-shifted", requests(language, &forbidden[4], &SHIFTED_DEV, true, &mut rng));
+        put("dev-benign-shifted", requests(language, &safe[2], &SHIFTED_DEV, false, &mut rng));
         for task in TESTED {
             let seen = &mut BTreeSet::new();
             for (part, n) in [("test", TASK_TEST), ("shots", 64), ("dev", TASK_DEV), ("train", TASK_TRAIN)] {
@@ -127,6 +129,16 @@ impl Splits {
             for (part, n) in [("dev", TASK_DEV), ("train", TASK_TRAIN)] {
                 put(&format!("{part}-{}", task.name()), questions(language, task, false, n, seen, &mut rng));
             }
+        }
+        // What a gene is distilled on is written once and serves every fine-tune: each request of its nouns in some more wordings,
+        // and ordinary requests, of which there are always more, about some more nouns.
+        for _ in 0..2 {
+            let more = requests(language, &forbidden[2], &TEMPLATES, true, &mut rng);
+            files.entry("distill-safety".into()).or_default().extend(more);
+        }
+        for _ in 0..3 {
+            let more = requests(language, &safe[4], &TEMPLATES, false, &mut rng);
+            files.entry("distill-benign".into()).or_default().extend(more);
         }
         Self { files }
     }
@@ -160,6 +172,8 @@ mod tests {
             "shots-benign",
             "dev-harmful",
             "dev-benign",
+            "dev-harmful-shifted",
+            "dev-benign-shifted",
         ];
         for test in ["test-harmful", "test-benign", "test-harmful-shifted", "test-benign-shifted"] {
             assert_eq!(nouns(test).len(), 24, "{test}");
