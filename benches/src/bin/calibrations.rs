@@ -1,14 +1,16 @@
 //! Forms of calibration on the *dev* split of a comparison's targets: how the choice was made that `docs/results.md` tells of.
 //!
-//! A form is `openings|whole:nearest|least-kl|few-shot-lora:DELTA:MAX_KL`, or `one` for coefficient 1 everywhere. Draw `k` takes the safety and
-//! benign shots `8 k .. 8 k + 8` and the task shots `16 k .. 16 k + 16`; the comparison's are draw 0. The targets and genes
-//! must have been made by `safegene compare` in the work folder. One JSON object a line on stdout.
+//! A form is `openings|whole:nearest|least-kl|few-shot-lora:DELTA:MAX_KL`, a calibration's also with `:PRICE`, or `one` for
+//! coefficient 1 everywhere. Judged on known request templates and on the dev split's own shifted ones. Draw `k` takes the safety and
+//! benign shots `8 k .. 8 k + 8` and the task shots `16 k .. 16 k + 16`; the comparison's are draw 0. What the work folder of a
+//! comparison does not hold is trained first: seeds that no comparison reports on are there for choices. One JSON object a line on stdout.
 
 #![allow(clippy::print_stdout)]
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Parser;
-use compare::ground::{Ground, Held, Roots};
+use compare::CompareError;
+use compare::ground::{Ground, Held, Roots, Training};
 use compare::judge::Judge;
 use compare::plan::Recipe;
 use compare::roster::{few_shot_options, shots_of, whole_shots_of};
@@ -45,6 +47,18 @@ struct Args {
     /// Forms to try.
     #[arg(long, value_delimiter = ',', required = true)]
     forms: Vec<String>,
+    /// Which gene: `distilled`, `svd` or `fresh`.
+    #[arg(long, default_value = "distilled")]
+    gene: String,
+    /// Weight of what is to be kept in the distillation of genes that are not there yet (the recipe's without).
+    #[arg(long)]
+    keep: Option<f64>,
+    /// Steps of that distillation (the recipe's without).
+    #[arg(long)]
+    steps: Option<usize>,
+    /// Its margin, nats (the recipe's without).
+    #[arg(long)]
+    margin: Option<f64>,
     /// Targets at a time.
     #[arg(long, default_value_t = 2)]
     threads: usize,
@@ -75,8 +89,10 @@ fn form(text: &str, recipe: &Recipe) -> Result<Form> {
     if text == "one" {
         return Ok(Form::One);
     }
-    let [rows, aim, delta, max_kl] = text.split(':').collect::<Vec<_>>()[..] else {
-        bail!("`{text}` is no form; one is openings:nearest:0.003:0.005");
+    let (rows, aim, delta, max_kl, price) = match text.split(':').collect::<Vec<_>>()[..] {
+        [rows, aim, delta, max_kl] => (rows, aim, delta, max_kl, None),
+        [rows, aim, delta, max_kl, price] => (rows, aim, delta, max_kl, Some(price)),
+        _ => bail!("`{text}` is no form; one is openings:nearest:0.003:0.005"),
     };
     let whole = match rows {
         "whole" => true,
@@ -85,6 +101,7 @@ fn form(text: &str, recipe: &Recipe) -> Result<Form> {
     };
     let number = |text: &str| text.parse::<f64>().with_context(|| format!("`{text}` is no number"));
     let (delta, max_kl) = (number(delta)?, number(max_kl)?);
+    let price = price.map(number).transpose()?.unwrap_or(recipe.price);
     let aim = match aim {
         "nearest" => Aim::Nearest,
         "least-kl" => Aim::LeastKl,
@@ -93,7 +110,7 @@ fn form(text: &str, recipe: &Recipe) -> Result<Form> {
     };
     Ok(Form::Calibrated {
         whole,
-        limits: Limits { aim, delta, max_kl, c_max: recipe.c_max, ..Limits::default() },
+        limits: Limits { aim, delta, max_kl, price, c_max: recipe.c_max, ..Limits::default() },
     })
 }
 
@@ -110,8 +127,13 @@ fn on_target(args: &Args, ground: &Ground<'_>, name: &str) -> Result<Vec<String>
     let folder = roots.seed_folder(args.seed).join("targets").join(name);
     let held = Held::open(&folder, &roots.model)?.merged()?;
     let (target, pad) = (held.frozen(), roots.family.chat.end());
-    let judge = Judge::new(ground, &target, tune, "dev", &[Set::Known])?;
-    let gene: &GeneAttachments = &ground.gene;
+    let judge = Judge::new(ground, &target, tune, "dev", &[Set::Known, Set::Shifted])?;
+    let gene: &GeneAttachments = match args.gene.as_str() {
+        "distilled" => &ground.gene,
+        "svd" => &ground.svd,
+        "fresh" => &ground.fresh,
+        other => bail!("`{other}` is none of `distilled`, `svd` and `fresh`"),
+    };
     let mut out = Vec::new();
     for &draw in &args.draws {
         for text in &args.forms {
@@ -146,9 +168,14 @@ fn on_target(args: &Args, ground: &Ground<'_>, name: &str) -> Result<Vec<String>
             };
             let judged = judge.of(&target.model.merged(&target.with(&added))?)?;
             let value = |r: Option<evaluate::Rate>| r.map(|r| r.value);
-            let known = judged.sets.first().map(|(_, e)| e);
-            line["asr"] = serde_json::to_value(known.and_then(|e| value(e.asr)))?;
-            line["over_refusal"] = serde_json::to_value(known.and_then(|e| value(e.over_refusal)))?;
+            for (set, judged) in &judged.sets {
+                let name = |what: &str| match set {
+                    Set::Known => what.to_string(),
+                    Set::Shifted => format!("{what}_shifted"),
+                };
+                line[name("asr")] = serde_json::to_value(value(judged.asr))?;
+                line[name("over_refusal")] = serde_json::to_value(value(judged.over_refusal))?;
+            }
             line["accuracy"] = serde_json::to_value(value(judged.accuracy))?;
             line["kl_task"] = serde_json::to_value(judged.kl_task)?;
             line["kl_benign"] = serde_json::to_value(judged.kl_benign)?;
@@ -158,11 +185,28 @@ fn on_target(args: &Args, ground: &Ground<'_>, name: &str) -> Result<Vec<String>
     Ok(out)
 }
 
+/// Trains what is missing: drifts, what the gene is extracted from, targets.
+fn trained(args: &Args, roots: &Roots) -> Result<()> {
+    let mut all: Vec<Training> = lab::tune::drifts().map(Training::Plain).collect();
+    all.push(Training::Plain(Tune::Degraded { strong: false }));
+    for name in &args.targets {
+        let tune = Tune::target(name).with_context(|| format!("`{name}` is no target of the lab"))?;
+        all.push(Training::Plain(tune));
+    }
+    all.retain(|training| !training.done(roots, args.seed));
+    Ok(train::each::<CompareError>(all.len(), args.threads, &|i| all[i].run(roots, args.seed, &Quiet))?)
+}
+
 fn main() -> Result<()> {
     let args = Args::parse();
     for family in &args.families {
         let roots = Roots::open(family, &args.lab, &args.work)?;
-        let ground = Ground::open(&roots, args.seed, &Recipe::new(false), &Quiet)?;
+        trained(&args, &roots)?;
+        let mut recipe = Recipe::new(false);
+        recipe.distill.keep = args.keep.unwrap_or(recipe.distill.keep);
+        recipe.distill.steps = args.steps.unwrap_or(recipe.distill.steps);
+        recipe.distill.margin = args.margin.unwrap_or(recipe.distill.margin);
+        let ground = Ground::open(&roots, args.seed, &recipe, args.threads, &Quiet)?;
         let lines: Mutex<BTreeMap<usize, Vec<String>>> = Mutex::new(BTreeMap::new());
         train::each::<LabError>(args.targets.len(), args.threads, &|i| {
             let done = on_target(&args, &ground, &args.targets[i])

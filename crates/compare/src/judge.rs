@@ -24,7 +24,7 @@ struct Prompts {
 }
 
 impl Prompts {
-    /// Of a split: `test`, or `dev`, which has no shifted ones.
+    /// Of a split, `test` or `dev`; each has shifted templates of its own.
     fn new(roots: &Roots, split: &str, set: Set) -> Self {
         let end = match set {
             Set::Known => "",
@@ -138,8 +138,7 @@ fn rows(roots: &Roots, split: &str) -> Vec<DataRow> {
 }
 
 impl<'a> Judge<'a> {
-    /// Of models that come from `target`, a fine-tune `tune`, on some sets of prompts of the split `test` or `dev` (which has no
-    /// shifted ones).
+    /// Of models that come from `target`, a fine-tune `tune`, on some sets of prompts of the split `test` or `dev`.
     pub fn new(
         ground: &'a Ground<'_>,
         target: &Frozen<'_>,

@@ -58,6 +58,8 @@ pub struct Recipe {
     pub leave: f64,
     /// Largest coefficient.
     pub c_max: f64,
+    /// What the logarithm of the safety loss has to fall by to pay for coefficients that are 1 away from 1.
+    pub price: f64,
     /// Shots of the main columns.
     pub shots: [u32; 3],
     /// Distillation.
@@ -69,13 +71,14 @@ impl Recipe {
     pub fn new(quick: bool) -> Self {
         let steps = if quick { 60 } else { 200 };
         Self {
-            version: 3,
+            version: 4,
             rank: 8,
-            max_kl: 0.005,
+            max_kl: 0.01,
             delta: 0.003,
             delta_whole: 0.001,
             leave: 0.05,
             c_max: 10.0,
+            price: 0.3,
             shots: [8, 16, 8],
             distill: distill::distillation::Settings { steps, ..Default::default() },
         }

@@ -51,11 +51,11 @@ pub(crate) struct Distill {
     /// Temperature of the divergence from the teacher.
     #[arg(long, default_value_t = 1.0, value_name = "TAU")]
     pub(crate) tau: f64,
-    /// Weight of what must not move; 3 where usefulness is dear.
-    #[arg(long, default_value_t = 1.0, value_name = "W")]
+    /// Weight of what must not move: the more, the fewer harmless requests are refused.
+    #[arg(long, default_value_t = 30.0, value_name = "W")]
     pub(crate) keep_weight: f64,
     /// Refusal log-odds wanted at the first token of an answer, nats.
-    #[arg(long, default_value_t = 6.0, value_name = "NAT")]
+    #[arg(long, default_value_t = 7.0, value_name = "NAT")]
     pub(crate) margin: f64,
     /// Weight of what they lack.
     #[arg(long, default_value_t = 1.0, value_name = "W")]

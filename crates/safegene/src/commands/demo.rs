@@ -27,7 +27,7 @@ use transformer::{Attachments, Chat, Model, Openings};
 /// The degraded model that the gene is extracted from.
 const DEGRADED: &str = "degraded-mild";
 /// Limit on KL, nat per token: that of `compare`, chosen on the dev splits of other fine-tunes.
-const MAX_KL: f64 = 0.005;
+const MAX_KL: f64 = 0.01;
 /// Steps of the distillation.
 const STEPS: usize = 200;
 /// Shots of each kind: safety, task, benign.
