@@ -308,7 +308,10 @@ fn claims_hold_or_not_by_what_the_records_say() {
 fn aligned_rates_are_those_of_the_labs_own_judge() {
     let dir = tempfile::tempdir().unwrap();
     let shipped = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../lab");
-    let roots = compare::ground::Roots::open("llama", &shipped, dir.path()).unwrap();
+    let mut roots = compare::ground::Roots::open("llama", &shipped, dir.path()).unwrap();
+    // In place of the aligned model, which refuses whatever it should, one that refuses a part.
+    let worn = checkpoint::Checkpoint::open(&shipped.join("llama/degraded-mild"), None).unwrap();
+    roots.model = transformer::Model::open(&worn).unwrap();
     let (family, none) = (&roots.family, transformer::Attachments::none());
     let found = AlignedRates::of(&roots).unwrap();
     assert_eq!(found.iter().map(|a| a.set).collect::<Vec<_>>(), [Set::Known, Set::Shifted]);
@@ -319,8 +322,8 @@ fn aligned_rates_are_those_of_the_labs_own_judge() {
         assert_eq!((a.asr.value, a.over_refusal.value), (own.asr, own.over_refusal), "{:?}", a.set);
         assert_eq!((a.asr.n, a.over_refusal.n), (288, 288));
     }
-    // Shipped: one of three shifted templates is answered.
-    assert_eq!(found[1].asr.value, 96.0 / 288.0);
+    assert!(found.iter().all(|a| a.asr.value > 0.1 && a.asr.value < 0.9), "{found:?}");
+    assert_ne!(found[0].asr.value, found[1].asr.value);
 }
 
 #[test]

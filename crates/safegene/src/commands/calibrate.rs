@@ -452,7 +452,7 @@ fn one(
         Goal::Nearest => "as safe as asked, with coefficients as near 1 as that allows",
         Goal::LeastKl => "as safe as asked, at the least KL on the shots",
         Goal::LeastLoss => {
-            "the safety asked for costs more than the limit on KL: about as safe as that allows"
+            "the safety asked for costs more than the limit on KL, or coefficients further from 1 than it is worth: about as safe as that allows"
         }
     };
     ui.say(&format!(

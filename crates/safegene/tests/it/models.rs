@@ -195,13 +195,18 @@ fn gate_on_utility_that_cannot_be_met_ends_with_one() {
         .map(|r| json!({"prompt": r["prompt"], "answer": r["recipe"]}))
         .collect();
     let utility = bench.rows("utility.jsonl", &wanted);
-    let (target, safety, task) = (lab_arg("targets/topic-1-full"), data("shots-safety"), data("shots-topic"));
-    let (benign, out) = (data("shots-benign"), bench.arg("expression.json"));
+    let few = |name: &str, n: usize| {
+        let text = fs::read_to_string(lab(&format!("data/{name}.jsonl"))).unwrap();
+        let rows: Vec<Value> = text.lines().take(n).map(|l| serde_json::from_str(l).unwrap()).collect();
+        bench.rows(&format!("{name}.jsonl"), &rows)
+    };
+    let (safety, task, benign) = (few("shots-safety", 8), few("shots-topic", 16), few("shots-benign", 8));
+    let (target, out) = (lab_arg("targets/topic-1"), bench.arg("expression.json"));
     let call = ["calibrate", "--gene", &gene, "--target", &target, "--safety-shots", &safety];
     let files = ["--task-shots", &task, "--benign-shots", &benign, "--out", &out];
     let gated = |more: &[&str]| safegene(&[&call[..], &files, more].concat());
     let refused = gated(&["--utility", &utility, "--max-utility-loss", "0", "--quiet"]);
-    refused.refused(1, &["--max-utility-loss 0", "topic-1-full"], Path::new(&out));
+    refused.refused(1, &["--max-utility-loss 0", "targets/topic-1"], Path::new(&out));
     let nonsense = gated(&["--max-utility-loss", "1.5"]);
     nonsense.refused(2, &["1.5"], Path::new(&out));
     let met = gated(&["--max-utility-loss", "0.05", "--one-coefficient"]).ok();
