@@ -9,7 +9,6 @@
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Parser;
-use compare::CompareError;
 use compare::ground::{Ground, Held, Roots, Training};
 use compare::judge::Judge;
 use compare::plan::Recipe;
@@ -194,7 +193,9 @@ fn trained(args: &Args, roots: &Roots) -> Result<()> {
         all.push(Training::Plain(tune));
     }
     all.retain(|training| !training.done(roots, args.seed));
-    Ok(train::each::<CompareError>(all.len(), args.threads, &|i| all[i].run(roots, args.seed, &Quiet))?)
+    Ok(train::each::<LabError>(all.len(), args.threads, &|i| {
+        all[i].run(roots, args.seed, &Quiet).map_err(|e| LabError::Thread(e.to_string()))
+    })?)
 }
 
 fn main() -> Result<()> {
