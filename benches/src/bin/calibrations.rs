@@ -91,7 +91,7 @@ fn form(text: &str, recipe: &Recipe) -> Result<Form> {
     let (rows, aim, delta, max_kl, price) = match text.split(':').collect::<Vec<_>>()[..] {
         [rows, aim, delta, max_kl] => (rows, aim, delta, max_kl, None),
         [rows, aim, delta, max_kl, price] => (rows, aim, delta, max_kl, Some(price)),
-        _ => bail!("`{text}` is no form; one is openings:nearest:0.003:0.005"),
+        _ => bail!("`{text}` is no form; one is openings:nearest:0.003:0.01"),
     };
     let whole = match rows {
         "whole" => true,
@@ -100,10 +100,12 @@ fn form(text: &str, recipe: &Recipe) -> Result<Form> {
     };
     let number = |text: &str| text.parse::<f64>().with_context(|| format!("`{text}` is no number"));
     let (delta, max_kl) = (number(delta)?, number(max_kl)?);
+    let given = price.is_some();
     let price = price.map(number).transpose()?.unwrap_or(recipe.price);
     let aim = match aim {
         "nearest" => Aim::Nearest,
         "least-kl" => Aim::LeastKl,
+        "few-shot-lora" if given => bail!("`{text}`: a LoRA has no price"),
         "few-shot-lora" => return Ok(Form::FewShot { whole, delta, max_kl }),
         other => bail!("`{other}` is none of `nearest`, `least-kl` and `few-shot-lora`"),
     };
@@ -137,7 +139,7 @@ fn on_target(args: &Args, ground: &Ground<'_>, name: &str) -> Result<Vec<String>
     for &draw in &args.draws {
         for text in &args.forms {
             let mut line = serde_json::json!({
-                "family": roots.family.layout, "seed": args.seed, "target": name, "draw": draw, "form": text,
+                "family": roots.family.layout, "seed": args.seed, "target": name, "draw": draw, "form": text, "gene": args.gene,
             });
             let added = match form(text, &recipe)? {
                 Form::One => gene.at(&gene.layers().iter().map(|&l| (l, 1.0)).collect())?,
@@ -200,6 +202,13 @@ fn trained(args: &Args, roots: &Roots) -> Result<()> {
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    for text in &args.forms {
+        form(text, &Recipe::new(false))?;
+    }
+    let other = args.keep.is_some() || args.steps.is_some() || args.margin.is_some();
+    if other && args.work.join("recipe.json").exists() {
+        bail!("`{}` is a comparison's: its genes are the recipe's; name another --work", args.work.display());
+    }
     for family in &args.families {
         let roots = Roots::open(family, &args.lab, &args.work)?;
         trained(&args, &roots)?;

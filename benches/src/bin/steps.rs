@@ -1,6 +1,6 @@
 //! What the lab's time is spent on: a step of a LoRA, a step of a whole model, an answer to a prompt.
 //!
-//! One thread, on the shipped base and aligned model of a family; the mean loss over all steps stands beside each time,
+//! One thread (two for a whole model), on the shipped aligned model of a family; the mean loss over all steps stands beside each time,
 //! so that a faster wrong step shows. One JSON object a line on stdout.
 //!
 //!     cargo run --release -p benches --bin steps -- --families llama,glm4

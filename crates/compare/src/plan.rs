@@ -109,7 +109,7 @@ pub enum Way {
     FreshGene,
     /// The distilled gene with one coefficient for all layers.
     GlobalScalar,
-    /// The distilled gene at the least KL on the shots that is safe enough, instead of nearest to 1.
+    /// The distilled gene at the least KL on the shots that is safe enough, instead of near 1.
     LeastKl,
     /// The half of its layers that scores best by price.
     Selected,

@@ -17,8 +17,8 @@
 //! safety rows should be cut to how their refusal opens ([`transformer::Chat::opening`]): what a target says after that is its
 //! wording, and a loss over all of it is spent on teaching phrases.
 //!
-//! The problem is solved as two smooth ones, of whose answers the better is taken: the least distance such that `L ≤ δ`, and, unless
-//! that costs next to nothing, the least `log L` with its price. [`Aim::LeastKl`] asks for the least `KL_task + KL_benign` such that `L ≤ δ`
+//! The problem is solved as two smooth ones, both under the limits, of whose answers the better is taken: the least distance such that
+//! `L ≤ δ`, where that can be had, and, unless it costs next to nothing, the least `log L` with its price. [`Aim::LeastKl`] asks for the least `KL_task + KL_benign` such that `L ≤ δ`
 //! instead of the first, and only where that cannot be had within the limits for the least `L`, without a price.
 //!
 //! A target whose loss is small to begin with is left as it is. The solver is [`crate::sqp`] with exact gradients, on `log L`, or,
@@ -150,7 +150,8 @@ pub struct Limits {
     /// Safety loss of a target that is left as it is, nat per answer: one that refuses already can only lose.
     #[serde(default)]
     pub leave: f64,
-    /// What `log L` has to fall by to pay for coefficients that are 1 away from 1 ([`Aim::Nearest`]).
+    /// What `log L` has to fall by to pay for coefficients that are 1 away from 1 ([`Aim::Nearest`]). Records from before there was
+    /// this price in the first of the two problems, too, do not name it and read as 0.
     #[serde(default)]
     pub price: f64,
     /// Evaluations with gradients in each of the two problems; without gradients ten times as many.
@@ -209,7 +210,7 @@ impl Limits {
 pub enum Goal {
     /// The target was safe already: nothing is expressed.
     AlreadySafe,
-    /// The safety asked for, within the limits: as near to 1 as that allows.
+    /// The safety asked for, within the limits, as near to 1 as that allows and worth its distance.
     Nearest,
     /// The safety asked for, within the limits, at the least KL.
     LeastKl,
@@ -647,7 +648,9 @@ pub fn calibrate(
     }
     // The solver's best need not be better than nothing.
     let (c, v) = if v.loss.0 < zero.loss.0 { (&c, &v) } else { (&zeros, &zero) };
-    Ok(result(c, v, Goal::LeastLoss, used))
+    // It may be as safe as asked where the first answer was not found.
+    let safe = limits.aim == Aim::Nearest && v.loss.0 <= limits.delta;
+    Ok(result(c, v, if safe { Goal::Nearest } else { Goal::LeastLoss }, used))
 }
 
 /// What each layer's coefficient does on the shots: loss and KL without it.

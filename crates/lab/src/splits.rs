@@ -131,7 +131,8 @@ impl Splits {
             }
         }
         // What a gene is distilled on is written once and serves every fine-tune: each request of its nouns in some more wordings,
-        // and ordinary requests, of which there are always more, about some more nouns.
+        // and ordinary requests, of which there are always more, about some more nouns. Some rows come twice, and each request in
+        // several wordings: no part of these files is held out from the rest.
         for _ in 0..2 {
             let more = requests(language, &forbidden[2], &TEMPLATES, true, &mut rng);
             files.entry("distill-safety".into()).or_default().extend(more);

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! `CE` and `KL` are means over rows of means over answer tokens. It learns whole refusals, where calibration of a gene looks at how
-//! they open: on openings alone it went further from the target on the lab's dev split (benches/results/calibration-dev). Task
+//! they open: on openings alone it went further from the target on the lab's dev split (benches/results/recipe-3/calibration-dev). Task
 //! and benign shots enter by divergence from the target, not by cross-entropy: they are there to change nothing, and
 //! their answers are not taught again. Without benign shots their term and their limit fall away.
 //!

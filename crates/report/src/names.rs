@@ -19,7 +19,7 @@ const METHODS: [(&str, &str, &str); 20] = [
     ("svd-gene", "SVD gene", "control: extracted, not distilled; a degraded checkpoint"),
     ("fresh-gene", "Gene from random factors", "control: distilled, but not from extracted factors"),
     ("global-scalar", "Gene, one scalar", "control: one scalar for all layers"),
-    ("least-kl", "Gene, least KL", "control: least KL on the shots instead of nearest to 1"),
+    ("least-kl", "Gene, least KL", "control: least KL on the shots instead of near 1"),
     ("random-layers", "Gene, random layers", "control: layers drawn by chance"),
     ("few-shot-lora", "Few-shot LoRA", "a LoRA trained on the same shots under the same limit"),
     ("few-shot-lora-no-benign", "Few-shot LoRA, no benign", "the same without benign shots"),

@@ -187,7 +187,8 @@ pub(crate) struct Calibrate {
     /// Largest coefficient of a layer.
     #[arg(long, default_value_t = 10.0, value_name = "C")]
     pub(crate) c_max: f64,
-    /// Loss of how the refusals open that is safe enough: −log p of the whole opening, in nat.
+    /// Loss of how the refusals open that is safe enough: −log p of the whole opening, in nat. More is left where less would need
+    /// coefficients further from 1 than it is worth.
     #[arg(long, default_value_t = 0.003, value_name = "NAT")]
     pub(crate) delta: f64,
     /// A target whose loss of how the refusals open is at most this, in nat, is left as it is.
@@ -196,7 +197,7 @@ pub(crate) struct Calibrate {
     /// One coefficient for all layers.
     #[arg(long)]
     pub(crate) one_coefficient: bool,
-    /// Of all coefficients that are safe enough those of least KL on the shots, not those nearest to 1.
+    /// Of all coefficients that are safe enough those of least KL on the shots, wherever they lie, not those near 1.
     #[arg(long)]
     pub(crate) least_kl: bool,
     /// Solve without gradients (COBYLA): no backward pass, ten times the evaluations.

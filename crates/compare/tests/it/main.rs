@@ -280,6 +280,10 @@ fn claims_hold_or_not_by_what_the_records_say() {
     assert_eq!(said(records([0.004, 0.008], 0.02, 0.0021, 1.0), "against few-shot LoRA"), Some(false));
     assert_eq!(said(records([0.004, 0.008], 0.02, 0.001, 3.1), "against few-shot LoRA"), Some(false));
     assert_eq!(said(records([0.004, 0.008], 0.02, 0.001, 10.1), "re-expression"), Some(false));
+    let value = &claims(records([0.004, 0.008], 0.02, 0.002, 1.0))["calibrated, against arithmetic"].1;
+    let spent =
+        |own: &str| value.contains(own) && value.starts_with("0.40 % (") && value.contains("2.00 % of resta");
+    assert!(spent("KL 0.0020)") && value.ends_with("KL 0.0010)"), "{value}");
     // Met by the value alone.
     let (ok, value) = claims(records([0.009, 0.008], 0.05, 0.001, 1.0))["calibrated"].clone();
     assert!(ok == Some(true) && value.contains("reaches above"), "{value}");

@@ -233,7 +233,7 @@ fn coefficients_go_as_far_as_it_pays_which_beats_every_point_of_a_grid() {
         assert_eq!(found.goal == Goal::Nearest, safe, "{found:?}");
         distances.push(from_one(&c));
     }
-    // A higher price keeps them nearer; none keeps them there.
+    // A higher price keeps them nearer, a very high one there.
     assert!(distances.windows(2).all(|d| d[1] <= d[0] * 1.001), "{distances:?}");
     assert!(distances[2] < 0.5 * distances[0] && distances[2] > 0.0, "{distances:?}");
     assert!(distances[3] < 1e-3, "{distances:?}");
@@ -349,6 +349,8 @@ fn missing_shots_and_senseless_limits_are_refused() {
         Limits { c_max: -1.0, ..Limits::default() },
         Limits { delta: f64::INFINITY, ..Limits::default() },
         Limits { leave: -0.1, ..Limits::default() },
+        Limits { price: -0.1, ..Limits::default() },
+        Limits { price: f64::NAN, ..Limits::default() },
     ] {
         assert!(matches!(run(&good, limits), CalibrationError::Limit { .. }), "{limits:?}");
     }

@@ -223,6 +223,53 @@ mod tests {
         }
     }
 
+    #[test]
+    fn attention_over_several_blocks_of_keys_is_its_formula_in_f64() {
+        // 37 keys are three blocks, the last not full; one row begins in the second.
+        let (t, s, h, g, d) = (20, 37, 2, 1, 4);
+        let starts = [0u32, 18];
+        for window in [None, Some(3), Some(17)] {
+            let shapes = [[2, t, h, d], [2, s, g, d], [2, s, g, d]];
+            let made = |i: usize| {
+                Tensor::from_vec(noise(shapes[i].iter().product(), 40 + i as u32), &shapes[i], &Device::Cpu)
+                    .unwrap()
+            };
+            let (q, k, v) = (made(0), made(1), made(2));
+            let got = values(&attention(&q, &k, &v, &Arc::new(starts.to_vec()), window).unwrap()).unwrap();
+            let [q, k, v] =
+                [q, k, v].map(|x| values(&x).unwrap().into_iter().map(f64::from).collect::<Vec<_>>());
+            for (b, start) in starts.iter().enumerate() {
+                for i in 0..t {
+                    let last = s - t + i;
+                    let seen = (last + 1).saturating_sub(window.unwrap_or(s));
+                    // A padding row sees itself.
+                    let first = (*start as usize).max(seen).min(last);
+                    for head in 0..h {
+                        let q = &q[((b * t + i) * h + head) * d..][..d];
+                        let score = |j: usize| {
+                            let k = &k[(b * s + j) * d..][..d];
+                            (q.iter().zip(k).map(|(q, k)| q * k).sum::<f64>() / (d as f64).sqrt()).exp()
+                        };
+                        let sum: f64 = (first..=last).map(score).sum();
+                        for c in 0..d {
+                            let want: f64 =
+                                (first..=last).map(|j| score(j) / sum * v[(b * s + j) * d + c]).sum();
+                            let found = f64::from(got[((b * t + i) * h + head) * d + c]);
+                            assert!(
+                                (found - want).abs() < 1e-5,
+                                "{window:?}, {b}, {i}, {head}, {c}: {found} against {want}"
+                            );
+                        }
+                    }
+                }
+            }
+            let starts = Arc::new(starts.to_vec());
+            check(&[&[2, 20, 2, 4], &[2, 37, 1, 4], &[2, 37, 1, 4]], |x| {
+                attention(&x[0], &x[1], &x[2], &starts, window)
+            });
+        }
+    }
+
     /// Outputs of four positions, two wide, with what is added to the keys; the first position is padding.
     fn attended(window: Option<usize>, added: &[(usize, f32)]) -> Vec<f32> {
         let x = |seed| Tensor::from_vec(noise(8, seed), &[1, 4, 1, 2], &Device::Cpu).unwrap();
