@@ -13,7 +13,7 @@
 //!
 //! or nothing where that makes refusals no likelier. The gene was distilled to be added once, on many rows; a handful of shots says
 //! where that is not enough or too much, and little about anything else. So leaving 1 has a price `p`: the coefficients go as far
-//! as all shots together make safer by it, and do not run after one odd shot. Below δ nothing is gained. For the same reason
+//! as the shots together make safer by it. Below δ nothing is gained. For the same reason
 //! safety rows should be cut to how their refusal opens ([`transformer::Chat::opening`]): what a target says after that is its
 //! wording, and a loss over all of it is spent on teaching phrases.
 //!
