@@ -9,9 +9,12 @@
 //!         + λ_hid · Σ_l E ‖h_l^a − h_l^{d_k⊕gene}‖² / ‖h_l^a‖² ]  +  λ_wd · Σ_m ‖B_m A_m‖_F²
 //! ```
 //!
+//! A part of the rows to keep is of the *other* drifts' tasks: a target's task is none of the drifts', and what is kept of tasks a
+//! drift was not trained on is what is kept of a target's.
+//!
 //! That factors are refined by an aligned-degraded distillation loss is reported of SafeGene (arXiv 2606.06519); this loss
 //! and that the degraded models be drifts are our own. So is that the aligned model takes its turn among them
-//! (`d_k = θ_a`, keep rows of a drift's task each time another): factors that were only ever trained where safety is gone
+//! (`d_k = θ_a`, keep rows as for a drift each time another): factors that were only ever trained where safety is gone
 //! push a target that still refuses into refusing everything. Refusal log-odds are `log P(R) − log(1 − P(R))`, R the first
 //! tokens of refusals. Teacher and drifts are frozen; one model a step; AdamW on f32 factors, clipped, linear decay;
 //! activations by block ([`transformer::recompute`]).
@@ -139,8 +142,10 @@ pub struct Settings {
     /// Turns of the aligned model itself in each round of the drifts; 0 for none. Without one, the gene makes a target
     /// that is safe already refuse everything.
     pub aligned_turns: usize,
-    /// Share of the rows to keep that are the drift's own; the others are benign.
+    /// Share of the rows to keep that are of the drift's own task.
     pub own_share: f64,
+    /// Share of the rows to keep that are of the other drifts' tasks, of its own where there is no other; what is left is benign.
+    pub other_share: f64,
     /// Seed of the choice of rows and of fresh factors.
     pub seed: u64,
 }
@@ -158,7 +163,8 @@ impl Default for Settings {
             hidden: 0.0,
             decay: 0.0,
             aligned_turns: 1,
-            own_share: 0.6,
+            own_share: 0.48,
+            other_share: 0.12,
             seed: 0,
         }
     }
@@ -191,8 +197,15 @@ impl Settings {
         if !self.margin.is_finite() {
             return bad("margin", self.margin, "finite");
         }
-        if !(0.0..=1.0).contains(&self.own_share) {
-            return bad("own-share", self.own_share, "between 0 and 1");
+        for (name, value) in [("own-share", self.own_share), ("other-share", self.other_share)] {
+            if !(0.0..=1.0).contains(&value) {
+                return bad(name, value, "between 0 and 1");
+            }
+        }
+        // Shares that make up all of the rows may miss 1 by a rounding.
+        let both = self.own_share + self.other_share;
+        if both > 1.0 + 1e-9 {
+            return bad("own-share + other-share", both, "at most 1");
         }
         for (name, value) in [("steps", self.steps), ("rows", self.rows)] {
             if value == 0 {
@@ -510,19 +523,26 @@ pub fn distill(
         rng.set_stream(step as u64 + 1);
         let (round, turn) = (step / turns, step % turns);
         // In the turns behind those of the drifts the aligned model is the student, on rows of a drift each time another.
-        let (name, frozen, task) = match drifts.get(turn) {
-            Some(drift) => (drift.name.as_str(), &drift.frozen, &drift.task),
+        let (name, frozen, own) = match drifts.get(turn) {
+            Some(drift) => (drift.name.as_str(), &drift.frozen, turn),
             None => {
                 let nth = round * settings.aligned_turns + (turn - drifts.len());
-                ("aligned", teacher, &drifts[nth % drifts.len()].task)
+                ("aligned", teacher, nth % drifts.len())
             }
         };
         let pick = |list: &[Row], rng: &mut ChaCha8Rng| list[rng.random_range(0..list.len())].clone();
         let safety: Vec<Row> = (0..settings.rows).map(|_| pick(rows.safety, &mut rng)).collect();
         let keep: Vec<Row> = (0..settings.rows)
             .map(|_| {
-                let own = rng.random::<f64>() < settings.own_share;
-                pick(if own { task } else { rows.benign }, &mut rng)
+                let share = rng.random::<f64>();
+                let list = if share >= settings.own_share + settings.other_share {
+                    rows.benign
+                } else if share < settings.own_share || drifts.len() == 1 {
+                    &drifts[own].task
+                } else {
+                    &drifts[(own + rng.random_range(1..drifts.len())) % drifts.len()].task
+                };
+                pick(list, &mut rng)
             })
             .collect();
         let student = frozen.with(&trained.attachments);
