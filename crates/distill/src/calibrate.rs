@@ -7,19 +7,21 @@
 //! `KL` how far the target moves on the task shots and on the benign shots (nat per token, each averaged over its own tokens):
 //!
 //! ```text
-//! minimise    log max(L(c), δ) + p · mean_l (c_l − 1)²
+//! minimise    log max(L(c), δ) + p · mean_l (c_l − 1)² + q · (KL_task(c) + KL_benign(c)) / ε
 //! subject to  KL_task(c) ≤ ε,  KL_benign(c) ≤ ε,  0 ≤ c_l ≤ c_max
 //! ```
 //!
 //! or nothing where that makes refusals no likelier. The gene was distilled to be added once, on many rows; a handful of shots says
 //! where that is not enough or too much, and little about anything else. So leaving 1 has a price `p`: the coefficients go as far
-//! as the shots together make safer by it. Below δ nothing is gained. For the same reason
+//! as the shots together make safer by it. KL has a price `q`, too: KL within the limit is not free
+//! either. Below δ nothing is gained. For the same reason
 //! safety rows should be cut to how their refusal opens ([`transformer::Chat::opening`]): what a target says after that is its
 //! wording, and a loss over all of it is spent on teaching phrases.
 //!
-//! The problem is solved as two smooth ones, both under the limits, of whose answers the better is taken: the least distance such that
-//! `L ≤ δ`, where that can be had, and, unless it costs next to nothing, the least `log L` with its price. [`Aim::LeastKl`] asks for the least `KL_task + KL_benign` such that `L ≤ δ`
-//! instead of the first, and only where that cannot be had within the limits for the least `L`, without a price.
+//! The problem is solved as two smooth ones, both under the limits, of whose answers the better is taken: the least of both prices such
+//! that `L ≤ δ`, where that can be had (without prices the least distance), and, unless it costs next to nothing, the least `log L` with
+//! its prices. [`Aim::LeastKl`] asks for the least `KL_task + KL_benign` such that `L ≤ δ`
+//! instead of the first, and only where that cannot be had within the limits for the least `L`, without prices.
 //!
 //! A target whose loss is small to begin with is left as it is. The solver is [`crate::sqp`] with exact gradients, on `log L`, or,
 //! where gradients cost too much memory, COBYLA (Powell 1994) on values alone; what ends above the limit is scaled back
@@ -154,6 +156,9 @@ pub struct Limits {
     /// this price in the first of the two problems, too, do not name it and read as 0.
     #[serde(default)]
     pub price: f64,
+    /// What `log L` has to fall by to pay for as much KL as the limit allows, of both kinds together ([`Aim::Nearest`]).
+    #[serde(default)]
+    pub kl_price: f64,
     /// Evaluations with gradients in each of the two problems; without gradients ten times as many.
     pub gradients_max: usize,
     /// What may move.
@@ -172,9 +177,10 @@ impl Default for Limits {
         Self {
             max_kl: 0.02,
             c_max: 10.0,
-            delta: 0.003,
+            delta: 0.001,
             leave: 0.05,
             price: PRICE,
+            kl_price: KL_PRICE,
             gradients_max: 24,
             freedom: Freedom::PerLayer,
             aim: Aim::Nearest,
@@ -200,6 +206,7 @@ impl Limits {
             false => Err(CalibrationError::Limit { name, value, need: "zero or more" }),
         };
         not_negative("price", self.price)?;
+        not_negative("kl-price", self.kl_price)?;
         not_negative("leave", self.leave)
     }
 }
@@ -331,13 +338,13 @@ impl Values {
         [&self.task, &self.benign].into_iter().map(bound).unzip()
     }
 
-    /// The first problem: nearest to 1 such that the loss is at most δ and KL at most ε.
-    fn nearest(&self, x: &[f64], log_delta: f64, eps: f64) -> Point {
+    /// The first problem: the least cost such that the loss is at most δ and KL at most ε.
+    fn nearest(&self, x: &[f64], log_delta: f64, eps: f64, cost: &Cost) -> Point {
         let (l, dl) = self.log_loss();
         let (mut h, mut dh) = self.within_limit(eps);
         h.push(l - log_delta);
         dh.push(dl);
-        let (f, df) = from_one(x, 1.0);
+        let (f, df) = cost.of(x, self);
         Point { x: x.to_vec(), f, df, h, dh }
     }
 
@@ -348,19 +355,46 @@ impl Values {
         Point { x: x.to_vec(), f: self.kl(), df, h: vec![l - log_delta], dh: vec![dl] }
     }
 
-    /// The second problem: least loss under the limit.
-    fn least_loss(&self, x: &[f64], eps: f64, price: f64) -> Point {
+    /// The second problem: least loss, and what it costs, under the limit.
+    fn least_loss(&self, x: &[f64], eps: f64, cost: &Cost) -> Point {
         let (l, dl) = self.log_loss();
         let (h, dh) = self.within_limit(eps);
-        let (far, slope) = from_one(x, price);
+        let (paid, slope) = cost.of(x, self);
         // Without gradients asked for there are none.
         let df = dl.iter().zip(&slope).map(|(a, b)| a + b).collect();
-        Point { x: x.to_vec(), f: l + far, df, h, dh }
+        Point { x: x.to_vec(), f: l + paid, df, h, dh }
     }
 }
 
-/// The default price.
+/// What coefficients cost, in units of `log L`.
+#[derive(Debug, Clone, Copy)]
+struct Cost {
+    /// Of being 1 away from 1.
+    far: f64,
+    /// Of a nat of KL.
+    kl: f64,
+}
+
+impl Cost {
+    /// Nothing costs anything.
+    const NONE: Self = Self { far: 0.0, kl: 0.0 };
+
+    fn is_none(&self) -> bool {
+        self.far == 0.0 && self.kl == 0.0
+    }
+
+    /// `far · mean (x − 1)² + kl · (KL_task + KL_benign)` with its gradient, which is empty where none was asked for.
+    fn of(&self, x: &[f64], v: &Values) -> (f64, Vec<f64>) {
+        let (far, slope) = from_one(x, self.far);
+        let kl = v.task.1.iter().zip(&v.benign.1).map(|(a, b)| self.kl * (a + b));
+        (far + self.kl * v.kl(), slope.iter().zip(kl).map(|(a, b)| a + b).collect())
+    }
+}
+
+/// The default price of leaving 1.
 const PRICE: f64 = 0.3;
+/// The default price of KL.
+const KL_PRICE: f64 = 5.0;
 
 /// `weight · mean (x − 1)²` with its gradient.
 fn from_one(x: &[f64], weight: f64) -> (f64, Vec<f64>) {
@@ -542,12 +576,12 @@ impl<'a> Problem<'a> {
         start: &[f64],
         limits: &Limits,
         max_kl: f64,
-        price: f64,
+        cost: &Cost,
     ) -> Result<(Vec<f64>, Values, usize), CalibrationError> {
-        let curvature = 2.0 * price / start.len().max(1) as f64;
+        let curvature = 2.0 * cost.far / start.len().max(1) as f64;
         let settings = Settings { radius: 1.0, curvature, ..settings(limits) };
         let strict = max_kl / (1.0 + settings.feasible);
-        let state = |v: &Values, x: &[f64]| v.least_loss(x, strict, price);
+        let state = |v: &Values, x: &[f64]| v.least_loss(x, strict, cost);
         let (best, mut v, mut used) = self.solve(start, &settings, limits.solver, &state)?;
         let mut c = best.x;
         if !v.within(max_kl) {
@@ -617,33 +651,45 @@ pub fn calibrate(
     if zero.loss.0 <= limits.delta.max(limits.leave) {
         return Ok(result(&zeros, &zero, Goal::AlreadySafe, 0));
     }
-    // 1. The safety asked, within the limits.
-    let (enough, curvature, goal, price) = match limits.aim {
+    let cost = match limits.aim {
+        Aim::Nearest => Cost { far: limits.price, kl: limits.kl_price / eps },
+        Aim::LeastKl => Cost::NONE,
+    };
+    let paid = |c: &[f64], v: &Values| cost.of(c, v).0;
+    if limits.aim == Aim::Nearest
+        && one.loss.0 <= limits.delta
+        && one.within(eps)
+        && paid(&ones, &one) <= CHEAP
+    {
+        return Ok(result(&ones, &one, Goal::Nearest, 0));
+    }
+    // 1. The safety asked, within the limits. Where nothing costs anything, the nearest to 1.
+    let first_cost = if cost.is_none() { Cost { far: 1.0, kl: 0.0 } } else { cost };
+    let (enough, curvature, goal) = match limits.aim {
         // A mean distance of a thousandth is none.
-        Aim::Nearest => (1e-6, 2.0 / ones.len() as f64, Goal::Nearest, limits.price),
-        Aim::LeastKl => (NEGLIGIBLE * eps, 0.0, Goal::LeastKl, 0.0),
+        Aim::Nearest => (1e-6, 2.0 * first_cost.far / ones.len() as f64, Goal::Nearest),
+        Aim::LeastKl => (NEGLIGIBLE * eps, 0.0, Goal::LeastKl),
     };
     let settings = Settings { enough, curvature, ..settings(limits) };
     // So much stricter as the solver is lax: what it ends with is within the limit itself.
     let strict = eps / (1.0 + settings.feasible);
     let state = |v: &Values, x: &[f64]| match limits.aim {
-        Aim::Nearest => v.nearest(x, log_delta, strict),
+        Aim::Nearest => v.nearest(x, log_delta, strict, &first_cost),
         Aim::LeastKl => v.least_kl(x, log_delta),
     };
     let (best, at_best, first) = problem.solve(&ones, &settings, limits.solver, &state)?;
     let held = best.violation() <= settings.feasible && at_best.within(eps);
-    let paid = price * from_one(&best.x, 1.0).0;
-    if held && paid <= CHEAP {
+    if held && paid(&best.x, &at_best) <= CHEAP {
         return Ok(result(&best.x, &at_best, goal, first));
     }
     // 2. The least loss under the limit that is worth its price, from where it is about met on the way to 1 everywhere (to the
     // first answer, where distance has no price): KL grows with the square.
-    let (from, at_from) = if price > 0.0 { (&ones, &one) } else { (&best.x, &at_best) };
+    let (from, at_from) = if cost.far > 0.0 { (&ones, &one) } else { (&best.x, &at_best) };
     let over = (at_from.task.0.max(at_from.benign.0) / eps).max(1.0).sqrt();
     let start: Vec<f64> = from.iter().map(|x| x / over).collect();
-    let (c, v, second) = problem.least_loss(&start, limits, eps, price)?;
+    let (c, v, second) = problem.least_loss(&start, limits, eps, &cost)?;
     let used = first + second;
-    if held && log_delta + paid <= v.loss.0.max(limits.delta).ln() + price * from_one(&c, 1.0).0 {
+    if held && log_delta + paid(&best.x, &at_best) <= v.loss.0.max(limits.delta).ln() + paid(&c, &v) {
         return Ok(result(&best.x, &at_best, goal, used));
     }
     // The solver's best need not be better than nothing.
@@ -692,7 +738,7 @@ pub fn trade_off(
     let mut out = Vec::new();
     for &max_kl in max_kls {
         Limits { max_kl, ..*limits }.check()?;
-        let (c, v, _) = problem.least_loss(&start, limits, max_kl, 0.0)?;
+        let (c, v, _) = problem.least_loss(&start, limits, max_kl, &Cost::NONE)?;
         out.push(TradeOff {
             max_kl,
             loss: v.loss.0,

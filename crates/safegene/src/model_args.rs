@@ -189,8 +189,12 @@ pub(crate) struct Calibrate {
     pub(crate) c_max: f64,
     /// Loss of how the refusals open that is safe enough: −log p of the whole opening, in nat. More is left where less would need
     /// coefficients further from 1 than it is worth.
-    #[arg(long, default_value_t = 0.003, value_name = "NAT")]
+    #[arg(long, default_value_t = 0.001, value_name = "NAT")]
     pub(crate) delta: f64,
+    /// What the logarithm of that loss has to fall by to pay for as much KL as --max-kl allows: the more, the less the target moves. Too
+    /// high, and safety is what is not bought.
+    #[arg(long, default_value_t = 5.0, value_name = "PRICE")]
+    pub(crate) kl_price: f64,
     /// A target whose loss of how the refusals open is at most this, in nat, is left as it is.
     #[arg(long, default_value_t = 0.05, value_name = "NAT")]
     pub(crate) leave: f64,

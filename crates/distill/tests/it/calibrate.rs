@@ -179,7 +179,16 @@ fn nearest_to_one_within_every_limit_beats_every_point_of_a_grid() {
         (more, 10.0, Freedom::PerLayer, Solver::ForwardOnly),
     ];
     for (delta, max_kl, freedom, solver) in cases {
-        let limits = Limits { max_kl, delta, c_max: 4.0, price: 0.0, freedom, solver, ..Limits::default() };
+        let limits = Limits {
+            max_kl,
+            delta,
+            c_max: 4.0,
+            price: 0.0,
+            kl_price: 0.0,
+            freedom,
+            solver,
+            ..Limits::default()
+        };
         let found = calibrate(&Frozen::new(&model), &gene, &shots, &limits, 0).unwrap();
         let (loss, task, benign) = check_report(&found, &meter, &limits);
         let case = format!("{freedom:?}, {solver:?}, delta {delta}, limit {max_kl}: {found:?}");
@@ -214,29 +223,36 @@ fn coefficients_go_as_far_as_it_pays_which_beats_every_point_of_a_grid() {
     let (before, at_one) = (meter.at([0.0; 3]).0, meter.at([1.0; 3]));
     let delta = at_one.0 - 0.5 * (before - at_one.0);
     let max_kl = 2.0 * at_one.1.max(at_one.2);
-    let mut distances = Vec::new();
-    for price in [0.01, 0.1, 0.3, 30.0] {
-        let limits = Limits { max_kl, delta, c_max: 4.0, price, ..Limits::default() };
+    let grid: Vec<_> = meter.grid_from(0.4, 1.6).into_iter().chain(meter.grid(4.0)).collect();
+    let run = |price: f64, kl_price: f64| {
+        let limits = Limits { max_kl, delta, c_max: 4.0, price, kl_price, ..Limits::default() };
         let found = calibrate(&Frozen::new(&model), &gene, &shots, &limits, 0).unwrap();
         let (loss, task, benign) = check_report(&found, &meter, &limits);
         assert!(task <= max_kl && benign <= max_kl, "{task} {benign}: {found:?}");
-        let objective = |loss: f64, c: &[f64]| loss.max(delta).ln() + price * from_one(c);
+        let objective = |c: &[f64], (loss, task, benign): (f64, f64, f64)| {
+            loss.max(delta).ln() + price * from_one(c) + kl_price * (task + benign) / max_kl
+        };
         let fits = |(_, t, b): &(f64, f64, f64)| t.max(*b) <= max_kl;
-        let grid = meter.grid_from(0.4, 1.6).into_iter().chain(meter.grid(limits.c_max));
-        let best =
-            grid.filter(|(_, v)| fits(v)).map(|(c, v)| objective(v.0, &c)).fold(f64::INFINITY, f64::min);
+        let within = grid.iter().filter(|(_, v)| fits(v));
+        let best = within.map(|(c, v)| objective(c, *v)).fold(f64::INFINITY, f64::min);
         let c: Vec<f64> = found.coefficients.values().copied().collect();
         // What is let pass: 2 % of δ, and the price below which nothing cheaper is looked for.
-        let reached = objective(loss, &c);
+        let reached = objective(&c, (loss, task, benign));
         assert!(reached <= best + 0.02 + 0.05, "{reached} found, {best} on the grid: {found:?}");
         let safe = loss <= delta * 1.021;
         assert_eq!(found.goal == Goal::Nearest, safe, "{found:?}");
-        distances.push(from_one(&c));
-    }
-    // A higher price keeps them nearer, a very high one there.
-    assert!(distances.windows(2).all(|d| d[1] <= d[0] * 1.001), "{distances:?}");
-    assert!(distances[2] < 0.5 * distances[0] && distances[2] > 0.0, "{distances:?}");
-    assert!(distances[3] < 1e-3, "{distances:?}");
+        (from_one(&c), task + benign, loss)
+    };
+    // A higher price of leaving 1 keeps them nearer, a very high one there.
+    let far = [0.01, 0.1, 0.3, 30.0].map(|price| run(price, 0.0).0);
+    assert!(far.windows(2).all(|d| d[1] <= d[0] * 1.001), "{far:?}");
+    assert!(far[2] < 0.5 * far[0] && far[2] > 0.0, "{far:?}");
+    assert!(far[3] < 1e-3, "{far:?}");
+    // A higher price of KL buys less of it, and less safety.
+    let spent = [0.0, 0.3, 1.0, 3.0].map(|kl_price| run(0.01, kl_price));
+    assert!(spent.windows(2).all(|s| s[1].1 <= s[0].1 * 1.001), "{spent:?}");
+    assert!(spent.windows(2).all(|s| s[1].2 >= s[0].2 * 0.999), "{spent:?}");
+    assert!(spent[3].1 < 0.5 * spent[0].1, "{spent:?}");
 }
 
 #[test]
@@ -246,6 +262,7 @@ fn gene_that_is_enough_as_it_is_stays_at_one() {
     let (loss, task, benign) = Meter::new(&model, &gene, &shots).at([1.0; 3]);
     let limits =
         Limits { max_kl: 1.1 * task.max(benign), delta: 1.1 * loss, leave: 0.0, ..Limits::default() };
+    let limits = Limits { kl_price: 0.0, ..limits };
     let found = calibrate(&Frozen::new(&model), &gene, &shots, &limits, 0).unwrap();
     assert_eq!(found.goal, Goal::Nearest);
     assert!(found.coefficients.values().all(|&c| c == 1.0), "{:?}", found.coefficients);
@@ -257,8 +274,13 @@ fn least_loss_under_the_limit_beats_every_point_of_a_grid() {
     let shots = shots(&model, &gene);
     let meter = Meter::new(&model, &gene, &shots);
     let (_, task_one, benign_one) = meter.at([1.0; 3]);
-    let limits =
-        Limits { max_kl: 0.5 * task_one.min(benign_one), c_max: 4.0, delta: 1e-4, ..Limits::default() };
+    let limits = Limits {
+        max_kl: 0.5 * task_one.min(benign_one),
+        c_max: 4.0,
+        delta: 1e-4,
+        kl_price: 0.0,
+        ..Limits::default()
+    };
     let found = calibrate(&Frozen::new(&model), &gene, &shots, &limits, 0).unwrap();
     let (loss, task, benign) = check_report(&found, &meter, &limits);
     assert_eq!(found.goal, Goal::LeastLoss);
@@ -351,6 +373,8 @@ fn missing_shots_and_senseless_limits_are_refused() {
         Limits { leave: -0.1, ..Limits::default() },
         Limits { price: -0.1, ..Limits::default() },
         Limits { price: f64::NAN, ..Limits::default() },
+        Limits { kl_price: -0.1, ..Limits::default() },
+        Limits { kl_price: f64::INFINITY, ..Limits::default() },
     ] {
         assert!(matches!(run(&good, limits), CalibrationError::Limit { .. }), "{limits:?}");
     }
@@ -402,8 +426,13 @@ fn without_gradients_the_answer_is_nearly_as_good() {
     let shots = shots(&model, &gene);
     let meter = Meter::new(&model, &gene, &shots);
     let (_, task_one, benign_one) = meter.at([1.0; 3]);
-    let with =
-        Limits { max_kl: 0.5 * task_one.min(benign_one), c_max: 4.0, delta: 1e-4, ..Limits::default() };
+    let with = Limits {
+        max_kl: 0.5 * task_one.min(benign_one),
+        c_max: 4.0,
+        delta: 1e-4,
+        kl_price: 0.0,
+        ..Limits::default()
+    };
     let without = Limits { solver: Solver::ForwardOnly, ..with };
     let run = |limits: &Limits| calibrate(&Frozen::new(&model), &gene, &shots, limits, 0).unwrap();
     let (a, b) = (run(&with), run(&without));

@@ -300,6 +300,7 @@ fn limits(call: &Calibrate) -> Limits {
         c_max: call.c_max,
         delta: call.delta,
         leave: call.leave,
+        kl_price: call.kl_price,
         freedom: if call.one_coefficient { Freedom::OneForAll } else { Freedom::PerLayer },
         aim: if call.least_kl { Aim::LeastKl } else { Aim::Nearest },
         solver: if call.forward_only { Solver::ForwardOnly } else { Solver::Gradients },
