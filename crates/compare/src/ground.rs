@@ -457,9 +457,7 @@ fn distilled(
         Ok(rows)
     };
     let (safety, benign) = (answered("distill-safety")?, roots.rows("distill-benign", 0, usize::MAX)?);
-    let (safety, benign) = (&safety[..safety.len() * 4 / 5], &benign[..benign.len() * 4 / 5]);
-    // Held out: requests about nouns that no distillation sees. The last fifths will not do: each of their requests is
-    // among the others in another wording.
+    // Held out: requests about nouns that no distillation sees.
     let (safety_out, benign_out) = (answered("dev-harmful")?, roots.rows("dev-benign", 0, usize::MAX)?);
     let of = |from: usize, n: usize| -> Result<Vec<Drift<'_>>, CompareError> {
         let mut drifts = Vec::new();
@@ -474,7 +472,7 @@ fn distilled(
     let done = distill(
         &teacher,
         &train,
-        CommonRows { safety, benign },
+        CommonRows { safety: &safety, benign: &benign },
         (&out, CommonRows { safety: &safety_out, benign: &benign_out }),
         start,
         &settings,

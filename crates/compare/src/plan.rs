@@ -60,6 +60,8 @@ pub struct Recipe {
     pub c_max: f64,
     /// What the logarithm of the safety loss has to fall by to pay for coefficients that are 1 away from 1.
     pub price: f64,
+    /// What it has to fall by to pay for as much KL as the limit allows.
+    pub kl_price: f64,
     /// Shots of the main columns.
     pub shots: [u32; 3],
     /// Distillation.
@@ -71,16 +73,17 @@ impl Recipe {
     pub fn new(quick: bool) -> Self {
         let steps = if quick { 60 } else { 200 };
         Self {
-            version: 4,
+            version: 5,
             rank: 8,
             max_kl: 0.01,
-            delta: 0.003,
+            delta: 0.001,
             delta_whole: 0.001,
             leave: 0.05,
             c_max: 10.0,
             price: 0.3,
+            kl_price: 5.0,
             shots: [8, 16, 8],
-            distill: distill::distillation::Settings { steps, ..Default::default() },
+            distill: distill::distillation::Settings { steps, rows: 32, ..Default::default() },
         }
     }
 }

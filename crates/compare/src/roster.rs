@@ -105,6 +105,7 @@ pub(crate) fn calibration_limits(recipe: &Recipe, freedom: Freedom) -> Limits {
         max_kl: recipe.max_kl,
         c_max: recipe.c_max,
         price: recipe.price,
+        kl_price: recipe.kl_price,
         delta: recipe.delta,
         leave: 0.0,
         freedom,
