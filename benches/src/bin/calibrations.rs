@@ -1,18 +1,19 @@
 //! Forms of calibration on the *dev* split of a comparison's targets: how the choice was made that `docs/results.md` tells of.
 //!
-//! A form is `openings|whole:nearest|least-kl|few-shot-lora:DELTA:MAX_KL`, a calibration's also with `:PRICE`, or `one` for
-//! coefficient 1 everywhere. Judged on known request templates and on the dev split's own shifted ones. Draw `k` takes the safety and
+//! A form is `openings|whole:nearest|least-kl|few-shot-lora:DELTA:MAX_KL`, a calibration's also with `:PRICE` (of leaving 1) or
+//! `:PRICE:KL_PRICE`, or `one` for coefficient 1 everywhere. Judged on known request templates and on the dev split's own shifted ones. Draw `k` takes the safety and
 //! benign shots `8 k .. 8 k + 8` and the task shots `16 k .. 16 k + 16`; the comparison's are draw 0. What the work folder of a
 //! comparison does not hold is trained first: seeds that no comparison reports on are there for choices. One JSON object a line on stdout.
 
 #![allow(clippy::print_stdout)]
 
 use anyhow::{Context, Result, anyhow, bail};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use compare::ground::{Ground, Held, Roots, Training};
 use compare::judge::Judge;
 use compare::plan::Recipe;
 use compare::roster::{few_shot_options, shots_of, whole_shots_of};
+use distill::distillation::Settings;
 use distill::{Aim, GeneAttachments, Limits, Shots};
 use lab::measure::Rates;
 use lab::{LabError, Tune, train};
@@ -46,21 +47,22 @@ struct Args {
     /// Forms to try.
     #[arg(long, value_delimiter = ',', required = true)]
     forms: Vec<String>,
-    /// Which gene: `distilled`, `svd` or `fresh`.
+    /// Which gene.
     #[arg(long, default_value = "distilled")]
-    gene: String,
-    /// Weight of what is to be kept in the distillation of genes that are not there yet (the recipe's without).
-    #[arg(long)]
-    keep: Option<f64>,
-    /// Steps of that distillation (the recipe's without).
-    #[arg(long)]
-    steps: Option<usize>,
-    /// Its margin, nats (the recipe's without).
-    #[arg(long)]
-    margin: Option<f64>,
+    gene: Kind,
+    /// Settings of the distillation of genes that are not there yet, where they are not the recipe's, e.g. `keep=100,rows=16`.
+    #[arg(long, value_delimiter = ',')]
+    set: Vec<String>,
     /// Targets at a time.
     #[arg(long, default_value_t = 2)]
     threads: usize,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Kind {
+    Distilled,
+    Svd,
+    Fresh,
 }
 
 #[derive(Debug)]
@@ -88,10 +90,11 @@ fn form(text: &str, recipe: &Recipe) -> Result<Form> {
     if text == "one" {
         return Ok(Form::One);
     }
-    let (rows, aim, delta, max_kl, price) = match text.split(':').collect::<Vec<_>>()[..] {
-        [rows, aim, delta, max_kl] => (rows, aim, delta, max_kl, None),
-        [rows, aim, delta, max_kl, price] => (rows, aim, delta, max_kl, Some(price)),
-        _ => bail!("`{text}` is no form; one is openings:nearest:0.003:0.01"),
+    let (rows, aim, delta, max_kl, prices) = match text.split(':').collect::<Vec<_>>()[..] {
+        [rows, aim, delta, max_kl, ref prices @ ..] if prices.len() <= 2 => {
+            (rows, aim, delta, max_kl, prices.to_vec())
+        }
+        _ => bail!("`{text}` is no form; one is openings:nearest:0.001:0.01"),
     };
     let whole = match rows {
         "whole" => true,
@@ -100,18 +103,18 @@ fn form(text: &str, recipe: &Recipe) -> Result<Form> {
     };
     let number = |text: &str| text.parse::<f64>().with_context(|| format!("`{text}` is no number"));
     let (delta, max_kl) = (number(delta)?, number(max_kl)?);
-    let given = price.is_some();
-    let price = price.map(number).transpose()?.unwrap_or(recipe.price);
+    let price = |i: usize, default: f64| prices.get(i).map_or(Ok(default), |text| number(text));
+    let (price, kl_price) = (price(0, recipe.price)?, price(1, recipe.kl_price)?);
     let aim = match aim {
         "nearest" => Aim::Nearest,
         "least-kl" => Aim::LeastKl,
-        "few-shot-lora" if given => bail!("`{text}`: a LoRA has no price"),
+        "few-shot-lora" if !prices.is_empty() => bail!("`{text}`: a LoRA has no price"),
         "few-shot-lora" => return Ok(Form::FewShot { whole, delta, max_kl }),
         other => bail!("`{other}` is none of `nearest`, `least-kl` and `few-shot-lora`"),
     };
     Ok(Form::Calibrated {
         whole,
-        limits: Limits { aim, delta, max_kl, price, c_max: recipe.c_max, ..Limits::default() },
+        limits: Limits { aim, delta, max_kl, price, kl_price, c_max: recipe.c_max, ..Limits::default() },
     })
 }
 
@@ -121,7 +124,7 @@ fn shots(roots: &Roots, tune: Tune, draw: usize, whole: bool) -> Result<Shots> {
 }
 
 /// Every form and draw on one target, a line each.
-fn on_target(args: &Args, ground: &Ground<'_>, name: &str) -> Result<Vec<String>> {
+fn on_target(args: &Args, forms: &[(&str, Form)], ground: &Ground<'_>, name: &str) -> Result<Vec<String>> {
     let roots = ground.roots;
     let recipe = Recipe::new(false);
     let tune = Tune::target(name).with_context(|| format!("`{name}` is no target of the lab"))?;
@@ -129,19 +132,19 @@ fn on_target(args: &Args, ground: &Ground<'_>, name: &str) -> Result<Vec<String>
     let held = Held::open(&folder, &roots.model)?.merged()?;
     let (target, pad) = (held.frozen(), roots.family.chat.end());
     let judge = Judge::new(ground, &target, tune, "dev", &[Set::Known, Set::Shifted])?;
-    let gene: &GeneAttachments = match args.gene.as_str() {
-        "distilled" => &ground.gene,
-        "svd" => &ground.svd,
-        "fresh" => &ground.fresh,
-        other => bail!("`{other}` is none of `distilled`, `svd` and `fresh`"),
+    let gene: &GeneAttachments = match args.gene {
+        Kind::Distilled => &ground.gene,
+        Kind::Svd => &ground.svd,
+        Kind::Fresh => &ground.fresh,
     };
+    let gene_name = args.gene.to_possible_value().map(|v| v.get_name().to_string());
     let mut out = Vec::new();
     for &draw in &args.draws {
-        for text in &args.forms {
+        for &(text, form) in forms {
             let mut line = serde_json::json!({
-                "family": roots.family.layout, "seed": args.seed, "target": name, "draw": draw, "form": text, "gene": args.gene,
+                "family": roots.family.layout, "seed": args.seed, "target": name, "draw": draw, "form": text, "gene": gene_name,
             });
-            let added = match form(text, &recipe)? {
+            let added = match form {
                 Form::One => gene.at(&gene.layers().iter().map(|&l| (l, 1.0)).collect())?,
                 Form::Calibrated { whole, limits } => {
                     let shots = shots(roots, tune, draw, whole)?;
@@ -200,26 +203,44 @@ fn trained(args: &Args, roots: &Roots) -> Result<()> {
     })?)
 }
 
+/// Settings with some others, each `NAME=NUMBER`.
+fn changed(settings: Settings, set: &[String]) -> Result<Settings> {
+    let mut all = serde_json::to_value(settings)?;
+    for one in set {
+        let (name, value) = one.split_once('=').with_context(|| format!("`{one}` is not NAME=NUMBER"))?;
+        let slot = all
+            .get_mut(name)
+            .with_context(|| format!("`{name}` is no setting; there are {}", names(&settings)))?;
+        *slot = serde_json::from_str(value).with_context(|| format!("`{value}` is no number"))?;
+    }
+    serde_json::from_value(all).context("a setting has a value of the wrong kind")
+}
+
+fn names(settings: &Settings) -> String {
+    let all = serde_json::to_value(settings).unwrap_or_default();
+    let names = all.as_object().map(|o| o.keys().map(|k| format!("`{k}`")).collect::<Vec<_>>());
+    names.unwrap_or_default().join(", ")
+}
+
 fn main() -> Result<()> {
     let args = Args::parse();
-    for text in &args.forms {
-        form(text, &Recipe::new(false))?;
-    }
-    let other = args.keep.is_some() || args.steps.is_some() || args.margin.is_some();
-    if other && args.work.join("recipe.json").exists() {
+    let mut recipe = Recipe::new(false);
+    let forms = args
+        .forms
+        .iter()
+        .map(|text| Ok((text.as_str(), form(text, &recipe)?)))
+        .collect::<Result<Vec<_>>>()?;
+    recipe.distill = changed(recipe.distill, &args.set)?;
+    if !args.set.is_empty() && args.work.join("recipe.json").exists() {
         bail!("`{}` is a comparison's: its genes are the recipe's; name another --work", args.work.display());
     }
     for family in &args.families {
         let roots = Roots::open(family, &args.lab, &args.work)?;
         trained(&args, &roots)?;
-        let mut recipe = Recipe::new(false);
-        recipe.distill.keep = args.keep.unwrap_or(recipe.distill.keep);
-        recipe.distill.steps = args.steps.unwrap_or(recipe.distill.steps);
-        recipe.distill.margin = args.margin.unwrap_or(recipe.distill.margin);
         let ground = Ground::open(&roots, args.seed, &recipe, args.threads, &Quiet)?;
         let lines: Mutex<BTreeMap<usize, Vec<String>>> = Mutex::new(BTreeMap::new());
         train::each::<LabError>(args.targets.len(), args.threads, &|i| {
-            let done = on_target(&args, &ground, &args.targets[i])
+            let done = on_target(&args, &forms, &ground, &args.targets[i])
                 .map_err(|e| LabError::Thread(format!("{}: {e:#}", args.targets[i])))?;
             if let Ok(mut lines) = lines.lock() {
                 lines.insert(i, done);
