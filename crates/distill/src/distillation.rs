@@ -468,6 +468,28 @@ impl Run<'_> {
     }
 }
 
+fn pick(list: &[Row], rng: &mut ChaCha8Rng) -> Row {
+    list[rng.random_range(0..list.len())].clone()
+}
+
+/// Where the next row to keep is from, in a turn of the drift whose task is `tasks[own]`.
+fn list_to_keep<'a>(
+    s: &Settings,
+    tasks: &[&'a [Row]],
+    own: usize,
+    benign: &'a [Row],
+    rng: &mut ChaCha8Rng,
+) -> &'a [Row] {
+    let share = rng.random::<f64>();
+    if share >= s.own_share + s.other_share {
+        benign
+    } else if share < s.own_share || tasks.len() == 1 {
+        tasks[own]
+    } else {
+        tasks[(own + rng.random_range(1..tasks.len())) % tasks.len()]
+    }
+}
+
 /// Trains `factors` on `drifts`. `held_out` rows are only measured, at the start and at the end: its drifts hold the
 /// task rows. `refusal` are the first tokens of refusals. `state` goes on with an earlier run of the same inputs.
 pub fn distill(
@@ -530,20 +552,10 @@ pub fn distill(
                 ("aligned", teacher, nth % drifts.len())
             }
         };
-        let pick = |list: &[Row], rng: &mut ChaCha8Rng| list[rng.random_range(0..list.len())].clone();
         let safety: Vec<Row> = (0..settings.rows).map(|_| pick(rows.safety, &mut rng)).collect();
+        let tasks: Vec<&[Row]> = drifts.iter().map(|d| d.task.as_slice()).collect();
         let keep: Vec<Row> = (0..settings.rows)
-            .map(|_| {
-                let share = rng.random::<f64>();
-                let list = if share >= settings.own_share + settings.other_share {
-                    rows.benign
-                } else if share < settings.own_share || drifts.len() == 1 {
-                    &drifts[own].task
-                } else {
-                    &drifts[(own + rng.random_range(1..drifts.len())) % drifts.len()].task
-                };
-                pick(list, &mut rng)
-            })
+            .map(|_| pick(list_to_keep(settings, &tasks, own, rows.benign, &mut rng), &mut rng))
             .collect();
         let student = frozen.with(&trained.attachments);
         let (a, b) = rayon::join(
@@ -572,4 +584,37 @@ pub fn distill(
     }
     let end = run.held_out(held_out.0, held_out.1, &trained.attachments)?;
     Ok(Distilled { factors: trained.take()?, start, end })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_to_keep_come_in_their_shares() {
+        let rows = |id: u32| vec![Row { prompt: vec![id], answer: vec![0] }];
+        let lists = [0, 1, 2, 3].map(rows);
+        let tasks: Vec<&[Row]> = lists[..3].iter().map(Vec::as_slice).collect();
+        let settings = Settings { own_share: 0.5, other_share: 0.2, ..Settings::default() };
+        let count = |tasks: &[&[Row]], own: usize| -> [usize; 4] {
+            let mut rng = ChaCha8Rng::seed_from_u64(1);
+            let mut seen = [0; 4];
+            for _ in 0..10_000 {
+                let list = list_to_keep(&settings, tasks, own, &lists[3], &mut rng);
+                seen[list[0].prompt[0] as usize] += 1;
+            }
+            seen
+        };
+        // Five standard deviations of a count are at most 250.
+        let near = |seen: [usize; 4], want: [usize; 4]| {
+            assert!(
+                seen.iter().zip(want).all(|(s, w)| s.abs_diff(w) <= w.min(250)),
+                "{seen:?}, not {want:?}"
+            );
+        };
+        near(count(&tasks, 1), [1000, 5000, 1000, 3000]);
+        near(count(&tasks, 2), [1000, 1000, 5000, 3000]);
+        // A drift without others keeps more of its own task.
+        near(count(&tasks[..1], 0), [7000, 0, 0, 3000]);
+    }
 }

@@ -402,7 +402,9 @@ fn one_coefficient_for_all_layers_is_the_best_of_a_fine_grid() {
     let meter = Meter::new(&model, &gene, &shots);
     let (_, task_one, benign_one) = meter.at([1.0; 3]);
     let max_kl = 0.5 * task_one.min(benign_one);
-    let limits = Limits { max_kl, c_max: 4.0, delta: 1e-4, freedom: Freedom::OneForAll, ..Limits::default() };
+    // Without a price of KL.
+    let limits = Limits { max_kl, c_max: 4.0, delta: 1e-4, kl_price: 0.0, ..Limits::default() };
+    let limits = Limits { freedom: Freedom::OneForAll, ..limits };
     let found = calibrate(&Frozen::new(&model), &gene, &shots, &limits, 0).unwrap();
     let c: Vec<f64> = found.coefficients.values().copied().collect();
     assert!(c.len() == 3 && c.iter().all(|x| *x == c[0]), "{c:?}");

@@ -115,30 +115,6 @@ fn weight_of_what_is_kept_keeps_more() {
     assert!(bound.safety > free.safety, "{free:?} {bound:?}");
 }
 
-#[test]
-fn tasks_of_other_drifts_are_kept_if_asked() {
-    let world = World::new();
-    // What the gene does to each drift on the rows of the other drifts' tasks.
-    let moved = |own_share, other_share| {
-        let s = Settings { own_share, other_share, keep: 10.0, ..settings() };
-        let done = world.run(&s, None, &mut Unwatched).unwrap();
-        let gene = ModuleFactors::attachments(&done.factors).unwrap();
-        let mut sum = 0.0;
-        for drift in &world.drifts(0, 20) {
-            let others = world.task.iter().zip(&world.own).filter(|(rows, _)| rows[..20] != drift.task[..]);
-            let rows: Vec<Row> = others.flat_map(|(rows, _)| rows[20..].to_vec()).collect();
-            assert_eq!(rows.len(), 8);
-            let batch = AnswerBatch::new(&rows, 0);
-            let itself = batch.reference(&world.model, &drift.frozen.own).unwrap();
-            let with = drift.frozen.with(&gene);
-            sum += batch.kl(&world.model, &with, &itself).unwrap().to_vec1::<f32>().unwrap()[0];
-        }
-        sum
-    };
-    let (own, others) = (moved(1.0, 0.0), moved(0.0, 1.0));
-    assert!(others < 0.9 * own, "KL {others} with the others' rows, {own} with its own");
-}
-
 /// Which models took a turn.
 #[derive(Default)]
 struct Turns(Vec<String>);
