@@ -60,7 +60,7 @@ pub struct Recipe {
     pub c_max: f64,
     /// What the logarithm of the safety loss has to fall by to pay for coefficients that are 1 away from 1.
     pub price: f64,
-    /// What it has to fall by to pay for as much KL as the limit allows.
+    /// What it has to fall by to pay for KL, for each nat per token.
     pub kl_price: f64,
     /// Shots of the main columns.
     pub shots: [u32; 3],
@@ -81,7 +81,7 @@ impl Recipe {
             leave: 0.05,
             c_max: 10.0,
             price: 0.3,
-            kl_price: 5.0,
+            kl_price: 500.0,
             shots: [8, 16, 8],
             distill: distill::distillation::Settings { steps, rows: 32, ..Default::default() },
         }

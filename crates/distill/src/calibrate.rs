@@ -7,7 +7,7 @@
 //! `KL` how far the target moves on the task shots and on the benign shots (nat per token, each averaged over its own tokens):
 //!
 //! ```text
-//! minimise    log max(L(c), δ) + p · mean_l (c_l − 1)² + q · (KL_task(c) + KL_benign(c)) / ε
+//! minimise    log max(L(c), δ) + p · mean_l (c_l − 1)² + q · (KL_task(c) + KL_benign(c))
 //! subject to  KL_task(c) ≤ ε,  KL_benign(c) ≤ ε,  0 ≤ c_l ≤ c_max
 //! ```
 //!
@@ -156,7 +156,7 @@ pub struct Limits {
     /// this price in the first of the two problems, too, do not name it and read as 0.
     #[serde(default)]
     pub price: f64,
-    /// What `log L` has to fall by to pay for as much KL as the limit allows, of both kinds together ([`Aim::Nearest`]).
+    /// What `log L` has to fall by to pay for KL, for each nat per token of both kinds together ([`Aim::Nearest`]).
     #[serde(default)]
     pub kl_price: f64,
     /// Evaluations with gradients in each of the two problems; without gradients ten times as many.
@@ -394,7 +394,7 @@ impl Cost {
 /// The default price of leaving 1.
 const PRICE: f64 = 0.3;
 /// The default price of KL.
-const KL_PRICE: f64 = 5.0;
+const KL_PRICE: f64 = 500.0;
 
 /// `weight · mean (x − 1)²` with its gradient.
 fn from_one(x: &[f64], weight: f64) -> (f64, Vec<f64>) {
@@ -652,7 +652,7 @@ pub fn calibrate(
         return Ok(result(&zeros, &zero, Goal::AlreadySafe, 0));
     }
     let cost = match limits.aim {
-        Aim::Nearest => Cost { far: limits.price, kl: limits.kl_price / eps },
+        Aim::Nearest => Cost { far: limits.price, kl: limits.kl_price },
         Aim::LeastKl => Cost::NONE,
     };
     let paid = |c: &[f64], v: &Values| cost.of(c, v).0;

@@ -191,9 +191,9 @@ pub(crate) struct Calibrate {
     /// coefficients further from 1 than it is worth.
     #[arg(long, default_value_t = 0.001, value_name = "NAT")]
     pub(crate) delta: f64,
-    /// What the logarithm of that loss has to fall by to pay for as much KL as --max-kl allows: the more, the less the target moves. Too
-    /// high, and safety is what is not bought.
-    #[arg(long, default_value_t = 5.0, value_name = "PRICE")]
+    /// What the logarithm of that loss has to fall by to pay for KL, for each nat per token: the more, the less the target moves. Too
+    /// high, and it is safety that is not bought.
+    #[arg(long, default_value_t = 500.0, value_name = "PRICE")]
     pub(crate) kl_price: f64,
     /// A target whose loss of how the refusals open is at most this, in nat, is left as it is.
     #[arg(long, default_value_t = 0.05, value_name = "NAT")]

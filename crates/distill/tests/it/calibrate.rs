@@ -230,7 +230,7 @@ fn coefficients_go_as_far_as_it_pays_which_beats_every_point_of_a_grid() {
         let (loss, task, benign) = check_report(&found, &meter, &limits);
         assert!(task <= max_kl && benign <= max_kl, "{task} {benign}: {found:?}");
         let objective = |c: &[f64], (loss, task, benign): (f64, f64, f64)| {
-            loss.max(delta).ln() + price * from_one(c) + kl_price * (task + benign) / max_kl
+            loss.max(delta).ln() + price * from_one(c) + kl_price * (task + benign)
         };
         let fits = |(_, t, b): &(f64, f64, f64)| t.max(*b) <= max_kl;
         let within = grid.iter().filter(|(_, v)| fits(v));
@@ -249,7 +249,7 @@ fn coefficients_go_as_far_as_it_pays_which_beats_every_point_of_a_grid() {
     assert!(far[2] < 0.5 * far[0] && far[2] > 0.0, "{far:?}");
     assert!(far[3] < 1e-3, "{far:?}");
     // A higher price of KL buys less of it, and less safety.
-    let spent = [0.0, 0.3, 1.0, 3.0].map(|kl_price| run(0.01, kl_price));
+    let spent = [0.0, 0.3, 1.0, 3.0].map(|p| run(0.01, p / max_kl));
     assert!(spent.windows(2).all(|s| s[1].1 <= s[0].1 * 1.001), "{spent:?}");
     assert!(spent.windows(2).all(|s| s[1].2 >= s[0].2 * 0.999), "{spent:?}");
     assert!(spent[3].1 < 0.5 * spent[0].1, "{spent:?}");
