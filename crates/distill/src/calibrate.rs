@@ -14,7 +14,8 @@
 //! or nothing where that makes refusals no likelier. The gene was distilled to be added once, on many rows; a handful of shots says
 //! where that is not enough or too much, and little about anything else. So leaving 1 has a price `p`: the coefficients go as far
 //! as the shots together make safer by it. KL has a price `q`, too: KL within the limit is not free
-//! either. Below δ nothing is gained. For the same reason
+//! either. It chooses among safe answers only: where it ends with a loss that is not safe, the problem is solved once more without it.
+//! Below δ nothing is gained. For the same reason
 //! safety rows should be cut to how their refusal opens ([`transformer::Chat::opening`]): what a target says after that is its
 //! wording, and a loss over all of it is spent on teaching phrases.
 //!
@@ -178,7 +179,7 @@ impl Default for Limits {
             max_kl: 0.02,
             c_max: 10.0,
             delta: 0.001,
-            leave: 0.05,
+            leave: UNSAFE,
             price: PRICE,
             kl_price: KL_PRICE,
             gradients_max: 24,
@@ -603,10 +604,79 @@ impl<'a> Problem<'a> {
         }
         Ok((c, v, used))
     }
+
+    /// Coefficients under these limits and prices.
+    fn solved(&self, limits: &Limits) -> Result<Calibration, CalibrationError> {
+        let (eps, log_delta) = (limits.max_kl, limits.delta.ln());
+        let (zeros, ones) = (vec![0.0; self.len()], vec![1.0f64.min(limits.c_max); self.len()]);
+        let (zero, one) = (self.values(&zeros, false)?, self.values(&ones, false)?);
+        let result = |c: &[f64], v: &Values, goal, gradients| Calibration {
+            coefficients: self.by_layer(c),
+            goal,
+            loss_before: zero.loss.0,
+            loss_at_one: one.loss.0,
+            loss: v.loss.0,
+            kl_task: v.task.0,
+            kl_benign: self.benign.as_ref().map(|_| v.benign.0),
+            gradients,
+        };
+        if zero.loss.0 <= limits.delta.max(limits.leave) {
+            return Ok(result(&zeros, &zero, Goal::AlreadySafe, 0));
+        }
+        let cost = match limits.aim {
+            Aim::Nearest => Cost { far: limits.price, kl: limits.kl_price },
+            Aim::LeastKl => Cost::NONE,
+        };
+        let paid = |c: &[f64], v: &Values| cost.of(c, v).0;
+        if limits.aim == Aim::Nearest
+            && one.loss.0 <= limits.delta
+            && one.within(eps)
+            && paid(&ones, &one) <= CHEAP
+        {
+            return Ok(result(&ones, &one, Goal::Nearest, 0));
+        }
+        // 1. The safety asked, within the limits. Where nothing costs anything, the nearest to 1.
+        let first_cost = if cost.is_none() { Cost { far: 1.0, kl: 0.0 } } else { cost };
+        let (enough, curvature, goal) = match limits.aim {
+            // A mean distance of a thousandth is none.
+            Aim::Nearest => (1e-6, 2.0 * first_cost.far / ones.len() as f64, Goal::Nearest),
+            Aim::LeastKl => (NEGLIGIBLE * eps, 0.0, Goal::LeastKl),
+        };
+        let settings = Settings { enough, curvature, ..settings(limits) };
+        // So much stricter as the solver is lax: what it ends with is within the limit itself.
+        let strict = eps / (1.0 + settings.feasible);
+        let state = |v: &Values, x: &[f64]| match limits.aim {
+            Aim::Nearest => v.nearest(x, log_delta, strict, &first_cost),
+            Aim::LeastKl => v.least_kl(x, log_delta),
+        };
+        let (best, at_best, first) = self.solve(&ones, &settings, limits.solver, &state)?;
+        let held = best.violation() <= settings.feasible && at_best.within(eps);
+        if held && paid(&best.x, &at_best) <= CHEAP {
+            return Ok(result(&best.x, &at_best, goal, first));
+        }
+        // 2. The least loss under the limit that is worth its price, from where it is about met on the way to 1 everywhere (to the
+        // first answer, where distance has no price): KL grows with the square.
+        let (from, at_from) = if cost.far > 0.0 { (&ones, &one) } else { (&best.x, &at_best) };
+        let over = (at_from.task.0.max(at_from.benign.0) / eps).max(1.0).sqrt();
+        let start: Vec<f64> = from.iter().map(|x| x / over).collect();
+        let (c, v, second) = self.least_loss(&start, limits, eps, &cost)?;
+        let used = first + second;
+        if held && log_delta + paid(&best.x, &at_best) <= v.loss.0.max(limits.delta).ln() + paid(&c, &v) {
+            return Ok(result(&best.x, &at_best, goal, used));
+        }
+        // The solver's best need not be better than nothing.
+        let (c, v) = if v.loss.0 < zero.loss.0 { (&c, &v) } else { (&zeros, &zero) };
+        // It may be as safe as asked where the first answer was not found.
+        let safe = limits.aim == Aim::Nearest && v.loss.0 <= limits.delta;
+        Ok(result(c, v, if safe { Goal::Nearest } else { Goal::LeastLoss }, used))
+    }
 }
 
 /// Share of the limit on KL below which less of it is not looked for.
 const NEGLIGIBLE: f64 = 1e-3;
+
+/// A safety loss above which nothing counts as safe, nat per answer.
+const UNSAFE: f64 = 0.05;
 
 /// A price that is paid without looking for something cheaper.
 const CHEAP: f64 = 0.05;
@@ -635,68 +705,14 @@ pub fn calibrate(
 ) -> Result<Calibration, CalibrationError> {
     limits.check()?;
     let problem = Problem::new(target, gene, shots, limits.freedom, pad)?;
-    let (eps, log_delta) = (limits.max_kl, limits.delta.ln());
-    let (zeros, ones) = (vec![0.0; problem.len()], vec![1.0f64.min(limits.c_max); problem.len()]);
-    let (zero, one) = (problem.values(&zeros, false)?, problem.values(&ones, false)?);
-    let result = |c: &[f64], v: &Values, goal, gradients| Calibration {
-        coefficients: problem.by_layer(c),
-        goal,
-        loss_before: zero.loss.0,
-        loss_at_one: one.loss.0,
-        loss: v.loss.0,
-        kl_task: v.task.0,
-        kl_benign: problem.benign.as_ref().map(|_| v.benign.0),
-        gradients,
-    };
-    if zero.loss.0 <= limits.delta.max(limits.leave) {
-        return Ok(result(&zeros, &zero, Goal::AlreadySafe, 0));
+    let found = problem.solved(limits)?;
+    if limits.kl_price == 0.0 || found.loss <= UNSAFE.max(limits.delta) {
+        return Ok(found);
     }
-    let cost = match limits.aim {
-        Aim::Nearest => Cost { far: limits.price, kl: limits.kl_price },
-        Aim::LeastKl => Cost::NONE,
-    };
-    let paid = |c: &[f64], v: &Values| cost.of(c, v).0;
-    if limits.aim == Aim::Nearest
-        && one.loss.0 <= limits.delta
-        && one.within(eps)
-        && paid(&ones, &one) <= CHEAP
-    {
-        return Ok(result(&ones, &one, Goal::Nearest, 0));
-    }
-    // 1. The safety asked, within the limits. Where nothing costs anything, the nearest to 1.
-    let first_cost = if cost.is_none() { Cost { far: 1.0, kl: 0.0 } } else { cost };
-    let (enough, curvature, goal) = match limits.aim {
-        // A mean distance of a thousandth is none.
-        Aim::Nearest => (1e-6, 2.0 * first_cost.far / ones.len() as f64, Goal::Nearest),
-        Aim::LeastKl => (NEGLIGIBLE * eps, 0.0, Goal::LeastKl),
-    };
-    let settings = Settings { enough, curvature, ..settings(limits) };
-    // So much stricter as the solver is lax: what it ends with is within the limit itself.
-    let strict = eps / (1.0 + settings.feasible);
-    let state = |v: &Values, x: &[f64]| match limits.aim {
-        Aim::Nearest => v.nearest(x, log_delta, strict, &first_cost),
-        Aim::LeastKl => v.least_kl(x, log_delta),
-    };
-    let (best, at_best, first) = problem.solve(&ones, &settings, limits.solver, &state)?;
-    let held = best.violation() <= settings.feasible && at_best.within(eps);
-    if held && paid(&best.x, &at_best) <= CHEAP {
-        return Ok(result(&best.x, &at_best, goal, first));
-    }
-    // 2. The least loss under the limit that is worth its price, from where it is about met on the way to 1 everywhere (to the
-    // first answer, where distance has no price): KL grows with the square.
-    let (from, at_from) = if cost.far > 0.0 { (&ones, &one) } else { (&best.x, &at_best) };
-    let over = (at_from.task.0.max(at_from.benign.0) / eps).max(1.0).sqrt();
-    let start: Vec<f64> = from.iter().map(|x| x / over).collect();
-    let (c, v, second) = problem.least_loss(&start, limits, eps, &cost)?;
-    let used = first + second;
-    if held && log_delta + paid(&best.x, &at_best) <= v.loss.0.max(limits.delta).ln() + paid(&c, &v) {
-        return Ok(result(&best.x, &at_best, goal, used));
-    }
-    // The solver's best need not be better than nothing.
-    let (c, v) = if v.loss.0 < zero.loss.0 { (&c, &v) } else { (&zeros, &zero) };
-    // It may be as safe as asked where the first answer was not found.
-    let safe = limits.aim == Aim::Nearest && v.loss.0 <= limits.delta;
-    Ok(result(c, v, if safe { Goal::Nearest } else { Goal::LeastLoss }, used))
+    // The price of KL chooses among safe answers; it is no reason for an unsafe one.
+    let free = problem.solved(&Limits { kl_price: 0.0, ..*limits })?;
+    let gradients = found.gradients + free.gradients;
+    Ok(Calibration { gradients, ..if free.loss < found.loss { free } else { found } })
 }
 
 /// What each layer's coefficient does on the shots: loss and KL without it.
