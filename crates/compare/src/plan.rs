@@ -120,6 +120,8 @@ pub enum Way {
     RandomLayers,
     /// θ_t + γ (θ_a − θ_d).
     Resta,
+    /// The same within what the gene spends on the same shots, instead of the common limit.
+    RestaEqualKl,
     /// (1 − λ) θ_a + λ θ_t.
     WiseFt,
     /// θ_t + γ SVD_k(θ_a − θ_t).
@@ -155,6 +157,7 @@ impl Way {
             Self::Selected => "selected",
             Self::RandomLayers => "random-layers",
             Self::Resta => "resta",
+            Self::RestaEqualKl => "resta-equal-kl",
             Self::WiseFt => "wise-ft",
             Self::LowRankRestore => "low-rank-restore",
             Self::SafeLora => "safelora",
@@ -237,6 +240,7 @@ impl Plan {
                 Way::Selected,
                 Way::RandomLayers,
                 Way::Resta,
+                Way::RestaEqualKl,
                 Way::WiseFt,
                 Way::LowRankRestore,
                 Way::SafeLora,
@@ -254,7 +258,15 @@ impl Plan {
             main.extend([Way::Gene, Way::FewShot].map(|m| entry(m, Label::SafetyTaskBenign, some)));
         }
         let mut harder = vec![zero(Way::FineTuned), zero(Way::Gene), zero(Way::SvdGene)];
-        let ways = [Way::Gene, Way::SvdGene, Way::Resta, Way::WiseFt, Way::LowRankRestore, Way::FewShot];
+        let ways = [
+            Way::Gene,
+            Way::SvdGene,
+            Way::Resta,
+            Way::RestaEqualKl,
+            Way::WiseFt,
+            Way::LowRankRestore,
+            Way::FewShot,
+        ];
         harder.extend(ways.map(full));
         let mut healthy = vec![zero(Way::FineTuned), zero(Way::Gene)];
         healthy.extend([Way::Gene, Way::FewShot].map(full));

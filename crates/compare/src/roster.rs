@@ -338,8 +338,20 @@ impl Work<'_> {
         }
     }
 
-    /// Tries settings of a weight-only method and takes one by [`choose`].
-    fn tuned(&self, method: &str, grid: Vec<(String, Settings)>) -> Result<Applied, CompareError> {
+    /// The larger of the two divergences that the calibrated gene spends on the shots.
+    fn spent_by_the_gene(&self) -> Result<f64, CompareError> {
+        let limits = calibration_limits(self.recipe, Freedom::PerLayer);
+        let found = distill::calibrate(&self.target, &self.ground.gene, &self.shots, &limits, self.pad)?;
+        Ok(found.kl_task.max(found.kl_benign.unwrap_or(0.0)))
+    }
+
+    /// Tries settings of a weight-only method and takes one by [`choose`], within a limit on KL.
+    fn tuned(
+        &self,
+        method: &str,
+        grid: Vec<(String, Settings)>,
+        max_kl: f64,
+    ) -> Result<Applied, CompareError> {
         let meter = Meter::new(&self.target, &self.shots, self.pad)?;
         let (inputs, none) = (self.inputs(), Attachments::none());
         let (mut models, mut measured) = (Vec::new(), Vec::new());
@@ -351,7 +363,7 @@ impl Work<'_> {
             measured.push(meter.of(&model, &none)?);
             models.push(model);
         }
-        let best = choose(&measured, self.recipe.max_kl, self.recipe.delta).unwrap_or(0);
+        let best = choose(&measured, max_kl, self.recipe.delta).unwrap_or(0);
         let m = measured[best];
         let given = format!(
             "{} of {} tried; loss {:.4}, KL {:.4} and {:.4} on the shots",
@@ -381,7 +393,7 @@ impl Work<'_> {
             ks.into_iter().map(|k| (format!("K = {k}"), set(k))).collect()
         };
         let (method, grid) = match way {
-            Way::Resta => {
+            Way::Resta | Way::RestaEqualKl => {
                 let gammas = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0];
                 ("resta", numbers("gamma", &gammas, &|v| Settings { gamma: Some(v), ..d() }))
             }
@@ -409,7 +421,15 @@ impl Work<'_> {
             }
             _ => return Ok(None),
         };
-        Ok(Some(self.tuned(method, grid)?))
+        if way == Way::RestaEqualKl {
+            let max_kl = self.spent_by_the_gene()?;
+            let applied = self.tuned(method, grid, max_kl)?;
+            return Ok(Some(Applied {
+                given: format!("KL limit {max_kl:.5}; {}", applied.given),
+                ..applied
+            }));
+        }
+        Ok(Some(self.tuned(method, grid, self.recipe.max_kl)?))
     }
 
     fn safe_delta(&self) -> Result<Applied, CompareError> {

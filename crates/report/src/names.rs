@@ -8,7 +8,7 @@ use crate::record::{Kind, Label};
 pub(crate) const FINE_TUNED: &str = "fine-tuned";
 
 /// Id, name, where it comes from.
-const METHODS: [(&str, &str, &str); 20] = [
+const METHODS: [(&str, &str, &str); 21] = [
     (FINE_TUNED, "Fine-tuned", "the target as it is"),
     (
         "gene",
@@ -25,6 +25,11 @@ const METHODS: [(&str, &str, &str); 20] = [
     ("few-shot-lora-no-benign", "Few-shot LoRA, no benign", "the same without benign shots"),
     ("low-rank-restore", "Low-rank restore", "truncated difference from the aligned model"),
     ("resta", "RESTA", "arXiv 2402.11746; a degraded checkpoint"),
+    (
+        "resta-equal-kl",
+        "RESTA at the gene's KL",
+        "the same; its limit is what the gene spends on the same shots",
+    ),
     ("wise-ft", "WiSE-FT", "arXiv 2412.19512"),
     ("safelora", "SafeLoRA", "arXiv 2405.16833; the base model"),
     ("safelora-orthonormal", "SafeLoRA, orthonormal", "the same with an orthonormal projector"),
