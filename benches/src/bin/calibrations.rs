@@ -50,7 +50,7 @@ struct Args {
     /// Which gene.
     #[arg(long, default_value = "distilled")]
     gene: Kind,
-    /// Settings of the distillation of genes that are not there yet, where they are not the recipe's, e.g. `keep=100,rows=16`.
+    /// Settings of the distillation, where they are not the recipe's, e.g. `keep=100,rows=16`; for a work folder that has no genes yet.
     #[arg(long, value_delimiter = ',')]
     set: Vec<String>,
     /// Targets at a time.
@@ -137,12 +137,14 @@ fn on_target(args: &Args, forms: &[(&str, Form)], ground: &Ground<'_>, name: &st
         Kind::Svd => &ground.svd,
         Kind::Fresh => &ground.fresh,
     };
+    let ground_settings = serde_json::to_value(distill)?;
     let gene_name = args.gene.to_possible_value().map(|v| v.get_name().to_string());
     let mut out = Vec::new();
     for &draw in &args.draws {
         for &(text, form) in forms {
             let mut line = serde_json::json!({
                 "family": roots.family.layout, "seed": args.seed, "target": name, "draw": draw, "form": text, "gene": gene_name,
+                "distillation": ground_settings,
             });
             let added = match form {
                 Form::One => gene.at(&gene.layers().iter().map(|&l| (l, 1.0)).collect())?,
@@ -208,6 +210,9 @@ fn changed(settings: Settings, set: &[String]) -> Result<Settings> {
     let mut all = serde_json::to_value(settings)?;
     for one in set {
         let (name, value) = one.split_once('=').with_context(|| format!("`{one}` is not NAME=NUMBER"))?;
+        if name == "seed" {
+            bail!("the seed of a distillation is --seed");
+        }
         let slot = all
             .get_mut(name)
             .with_context(|| format!("`{name}` is no setting; there are {}", names(&settings)))?;
@@ -240,7 +245,7 @@ fn main() -> Result<()> {
         let ground = Ground::open(&roots, args.seed, &recipe, args.threads, &Quiet)?;
         let lines: Mutex<BTreeMap<usize, Vec<String>>> = Mutex::new(BTreeMap::new());
         train::each::<LabError>(args.targets.len(), args.threads, &|i| {
-            let done = on_target(&args, &forms, &ground, &args.targets[i])
+            let done = on_target(&args, &forms, recipe.distill, &ground, &args.targets[i])
                 .map_err(|e| LabError::Thread(format!("{}: {e:#}", args.targets[i])))?;
             if let Ok(mut lines) = lines.lock() {
                 lines.insert(i, done);

@@ -161,8 +161,10 @@ pub fn checks(report: &Report, outcome: &Outcome) -> Vec<Check> {
     let quarters = |out: &mut Vec<Check>, name: &str, kind| {
         let text = "ASR against the best arithmetic rival under the same limit on KL";
         out.push(quarter_of_the_best(name, text, &rows, kind, &ARITHMETIC));
-        let (name, text) =
-            (format!("{name} at equal KL"), "ASR against RESTA within what the gene spends on the shots");
+        let (name, text) = (
+            format!("{name} at equal KL"),
+            "ASR against RESTA, limited to the larger of the two KL that the gene spends on the shots",
+        );
         out.push(quarter_of_the_best(&name, text, &rows, kind, &[Way::RestaEqualKl]));
     };
     quarters(&mut out, "calibrated, against arithmetic", main);

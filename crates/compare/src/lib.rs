@@ -16,9 +16,9 @@
 //! | `run.rs` | in which order is it done? |
 //!
 //! Whatever is tuned, in genes or rivals, sees the same shots and the same limit on KL. A rival tries 7 to 15 settings, calibration may take
-//! 48 gradients and mostly takes fewer than 8, the few-shot LoRA is trained twice for at most 300 steps. Safety is how
-//! refusals open; the few-shot LoRA alone learns whole refusals, with a δ of its own. A gene's coefficients are near 1, as far
-//! from it as it makes safer, a rival's setting is the one of least KL that is safe enough. Records say what each was given. Nothing is tuned on a test split: [`plan::check_splits`] refuses splits that share a prompt.
+//! 96 gradients and mostly takes 10 to 30, the few-shot LoRA is trained twice for at most 300 steps. Safety is how
+//! refusals open; the few-shot LoRA alone learns whole refusals, with a δ of its own. A gene's coefficients are near 1 and cost
+//! little KL, each as far as it makes safer, a rival's setting is the one of least KL that is safe enough. Records say what each was given. Nothing is tuned on a test split: [`plan::check_splits`] refuses splits that share a prompt.
 //!
 //! A comparison that was cut off goes on: trained models lie in the work folder, records in its `records.jsonl`.
 //!

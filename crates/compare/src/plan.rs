@@ -120,7 +120,7 @@ pub enum Way {
     RandomLayers,
     /// θ_t + γ (θ_a − θ_d).
     Resta,
-    /// The same within what the gene spends on the same shots, instead of the common limit.
+    /// The same, limited to the larger of the two divergences that the gene spends on the same shots, where a setting is within it.
     RestaEqualKl,
     /// (1 − λ) θ_a + λ θ_t.
     WiseFt,
@@ -222,8 +222,14 @@ impl Plan {
             let (mut first, mut second) = (cell(TESTED[0]), cell(TESTED[3]));
             // Everything that trains no model of its own runs once.
             let gene = [Way::LeastKl, Way::Selected, Way::RandomLayers, Way::SafeMerge, Way::SafeDelta];
-            let weights =
-                [Way::LowRankRestore, Way::SafeLora, Way::SafeLoraOrthonormal, Way::SafeLoraDrop].map(full);
+            let weights = [
+                Way::RestaEqualKl,
+                Way::LowRankRestore,
+                Way::SafeLora,
+                Way::SafeLoraOrthonormal,
+                Way::SafeLoraDrop,
+            ]
+            .map(full);
             first.entries.extend(gene.map(full));
             second.entries.extend(weights);
             return Self { recipe, cells: vec![first, second] };

@@ -123,7 +123,7 @@ pub enum Freedom {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Aim {
-    /// Those near 1, as far from it as it makes safer.
+    /// Those near 1 and of little KL, each as far as it makes safer.
     #[default]
     Nearest,
     /// Those of least KL on the shots. It trusts a handful of shots more than the gene, whose coefficients end far apart.
@@ -160,7 +160,10 @@ pub struct Limits {
     /// What `log L` has to fall by to pay for KL, for each nat per token of both kinds together ([`Aim::Nearest`]).
     #[serde(default)]
     pub kl_price: f64,
-    /// Evaluations with gradients in each of the two problems; without gradients ten times as many.
+    /// Safety loss above which nothing counts as safe, nat per answer: where prices end above it (and above δ), KL is free.
+    #[serde(default)]
+    pub unsafe_above: f64,
+    /// Evaluations with gradients in each of the two problems, and in each once more where KL turns out to be free; without gradients ten times as many.
     pub gradients_max: usize,
     /// What may move.
     #[serde(default)]
@@ -182,6 +185,7 @@ impl Default for Limits {
             leave: UNSAFE,
             price: PRICE,
             kl_price: KL_PRICE,
+            unsafe_above: UNSAFE,
             gradients_max: 24,
             freedom: Freedom::PerLayer,
             aim: Aim::Nearest,
@@ -208,6 +212,13 @@ impl Limits {
         };
         not_negative("price", self.price)?;
         not_negative("kl-price", self.kl_price)?;
+        if self.unsafe_above.is_nan() || self.unsafe_above < 0.0 {
+            return Err(CalibrationError::Limit {
+                name: "unsafe-above",
+                value: self.unsafe_above,
+                need: "zero or more",
+            });
+        }
         not_negative("leave", self.leave)
     }
 }
@@ -218,11 +229,11 @@ impl Limits {
 pub enum Goal {
     /// The target was safe already: nothing is expressed.
     AlreadySafe,
-    /// The safety asked for, within the limits, as near to 1 as that allows and worth its distance.
+    /// The safety asked for, within the limits, at the least price of KL and of distance from 1, and worth it.
     Nearest,
     /// The safety asked for, within the limits, at the least KL.
     LeastKl,
-    /// The safety asked for costs more than the limit, or coefficients further from 1 than it is worth: about as safe as that allows.
+    /// The safety asked for costs more than the limit, or more KL or distance from 1 than it is worth: about as safe as that allows.
     LeastLoss,
 }
 
@@ -638,7 +649,7 @@ impl<'a> Problem<'a> {
         // 1. The safety asked, within the limits. Where nothing costs anything, the nearest to 1.
         let first_cost = if cost.is_none() { Cost { far: 1.0, kl: 0.0 } } else { cost };
         let (enough, curvature, goal) = match limits.aim {
-            // A mean distance of a thousandth is none.
+            // A cost of a millionth is none.
             Aim::Nearest => (1e-6, 2.0 * first_cost.far / ones.len() as f64, Goal::Nearest),
             Aim::LeastKl => (NEGLIGIBLE * eps, 0.0, Goal::LeastKl),
         };
@@ -706,7 +717,8 @@ pub fn calibrate(
     limits.check()?;
     let problem = Problem::new(target, gene, shots, limits.freedom, pad)?;
     let found = problem.solved(limits)?;
-    if limits.kl_price == 0.0 || found.loss <= UNSAFE.max(limits.delta) {
+    let safe = found.goal != Goal::LeastLoss || found.loss <= limits.unsafe_above.max(limits.delta);
+    if safe || limits.kl_price == 0.0 || limits.aim == Aim::LeastKl {
         return Ok(found);
     }
     // The price of KL chooses among safe answers; it is no reason for an unsafe one.

@@ -4,12 +4,12 @@
 //! on every drift and are trained until each answers harmful requests as the aligned model does, and moves nowhere else:
 //!
 //! ```text
-//! L = E_k [ E_{x∈safety} mean_t τ²·KL( p_a ‖ p_{d_k⊕gene} )  +  λ_keep · E_{x∈task k ∪ benign} mean_t KL( p_{d_k} ‖ p_{d_k⊕gene} )
+//! L = E_k [ E_{x∈safety} mean_t τ²·KL( p_a ‖ p_{d_k⊕gene} )  +  λ_keep · E_{x∈tasks ∪ benign} mean_t KL( p_{d_k} ‖ p_{d_k⊕gene} )
 //!         + λ_margin · E_{x∈safety} max(0, m − refusal log-odds of d_k⊕gene at the first answer token)
 //!         + λ_hid · Σ_l E ‖h_l^a − h_l^{d_k⊕gene}‖² / ‖h_l^a‖² ]  +  λ_wd · Σ_m ‖B_m A_m‖_F²
 //! ```
 //!
-//! A part of the rows to keep is of the *other* drifts' tasks: a target's task is none of the drifts', and what is kept of tasks a
+//! Most of the task rows are of the drift's own task `k`, a part is of the *other* drifts' tasks: a target's task is none of the drifts', and what is kept of tasks a
 //! drift was not trained on is what is kept of a target's.
 //!
 //! That factors are refined by an aligned-degraded distillation loss is reported of SafeGene (arXiv 2606.06519); this loss

@@ -28,7 +28,7 @@ const METHODS: [(&str, &str, &str); 21] = [
     (
         "resta-equal-kl",
         "RESTA at the gene's KL",
-        "the same; its limit is what the gene spends on the same shots",
+        "the same; its limit is the larger of the two KL that the gene spends on the same shots",
     ),
     ("wise-ft", "WiSE-FT", "arXiv 2412.19512"),
     ("safelora", "SafeLoRA", "arXiv 2405.16833; the base model"),

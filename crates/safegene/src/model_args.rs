@@ -18,8 +18,8 @@ pub(crate) struct Distill {
     /// Folder of a drift: the aligned model after an ordinary fine-tune that wore its safety off. Repeat it: 3 to 5.
     #[arg(long, value_name = "DIR", required = true)]
     pub(crate) degraded: Vec<PathBuf>,
-    /// Rows of a drift's own task (JSONL): one file for each --degraded in their order, or one for all [default: the
-    /// benign rows].
+    /// Rows of a drift's own task (JSONL), of which some are kept in the other drifts, too: one file for each --degraded in their
+    /// order, or one for all [default: the benign rows].
     #[arg(long, value_name = "FILE")]
     pub(crate) keep: Vec<PathBuf>,
     /// Base of sides that are adapters [default: what adapter_config.json names].
@@ -192,8 +192,8 @@ pub(crate) struct Calibrate {
     #[arg(long, default_value_t = 0.001, value_name = "NAT")]
     pub(crate) delta: f64,
     /// What the logarithm of that loss has to fall by to pay for KL, for each nat per token: the more, the less the target moves. Too
-    /// high, and it is safety that is not bought.
-    #[arg(long, default_value_t = 500.0, value_name = "PRICE")]
+    /// high, and it is safety that is not bought; where the answer's loss is above 0.05 nat, KL is free.
+    #[arg(long, default_value_t = 500.0, value_name = "PRICE", conflicts_with = "least_kl")]
     pub(crate) kl_price: f64,
     /// A target whose loss of how the refusals open is at most this, in nat, is left as it is.
     #[arg(long, default_value_t = 0.05, value_name = "NAT")]

@@ -256,6 +256,7 @@ fn claims_hold_or_not_by_what_the_records_say() {
         out.extend(method(Way::Gene, full, gene, kl, seconds));
         out.extend(method(Way::FewShot, full, [0.004, 0.1], 0.004, 9.0));
         out.extend(method(Way::Resta, full, [rival, 0.2], 0.001, 2.0));
+        out.extend(method(Way::RestaEqualKl, full, [1.5 * rival, 0.2], 0.001, 2.0));
         out.extend(method(Way::SafeLora, full, [0.8, 0.8], 0.001, 2.0));
         out
     };
@@ -276,6 +277,10 @@ fn claims_hold_or_not_by_what_the_records_say() {
         said(records([0.006, 0.008], 0.02, 0.001, 1.0), "calibrated, against arithmetic"),
         Some(false)
     );
+    // RESTA at the gene's KL leaves half as much again: a quarter of that is another number.
+    let equal = "calibrated, against arithmetic at equal KL";
+    assert_eq!(said(records([0.006, 0.008], 0.02, 0.001, 1.0), equal), Some(true));
+    assert_eq!(said(records([0.008, 0.008], 0.02, 0.001, 1.0), equal), Some(false));
     assert_eq!(said(records([0.004, 0.02], 0.02, 0.001, 1.0), "calibrated, shifted templates"), Some(false));
     assert_eq!(said(records([0.004, 0.008], 0.02, 0.0021, 1.0), "against few-shot LoRA"), Some(false));
     assert_eq!(said(records([0.004, 0.008], 0.02, 0.001, 3.1), "against few-shot LoRA"), Some(false));
@@ -305,7 +310,7 @@ fn claims_hold_or_not_by_what_the_records_say() {
         .into_values()
         .map(|(ok, _)| ok)
         .collect();
-    assert!(none.len() >= 14 && none.iter().all(Option::is_none), "{none:?}");
+    assert!(none.len() >= 16 && none.iter().all(Option::is_none), "{none:?}");
 }
 
 #[test]

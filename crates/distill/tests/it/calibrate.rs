@@ -225,7 +225,9 @@ fn coefficients_go_as_far_as_it_pays_which_beats_every_point_of_a_grid() {
     let max_kl = 2.0 * at_one.1.max(at_one.2);
     let grid: Vec<_> = meter.grid_from(0.4, 1.6).into_iter().chain(meter.grid(4.0)).collect();
     let run = |price: f64, kl_price: f64| {
-        let limits = Limits { max_kl, delta, c_max: 4.0, price, kl_price, ..Limits::default() };
+        // Whatever the loss ends at, KL is paid for.
+        let unsafe_above = f64::INFINITY;
+        let limits = Limits { max_kl, delta, c_max: 4.0, price, kl_price, unsafe_above, ..Limits::default() };
         let found = calibrate(&Frozen::new(&model), &gene, &shots, &limits, 0).unwrap();
         let (loss, task, benign) = check_report(&found, &meter, &limits);
         assert!(task <= max_kl && benign <= max_kl, "{task} {benign}: {found:?}");
@@ -253,6 +255,56 @@ fn coefficients_go_as_far_as_it_pays_which_beats_every_point_of_a_grid() {
     assert!(spent.windows(2).all(|s| s[1].1 <= s[0].1 * 1.001), "{spent:?}");
     assert!(spent.windows(2).all(|s| s[1].2 >= s[0].2 * 0.999), "{spent:?}");
     assert!(spent[3].1 < 0.5 * spent[0].1, "{spent:?}");
+}
+
+#[test]
+fn price_of_kl_is_no_reason_for_an_unsafe_answer() {
+    let (model, gene) = (model(), gene(1.0));
+    let shots = shots(&model, &gene);
+    let meter = Meter::new(&model, &gene, &shots);
+    let (before, at_one) = (meter.at([0.0; 3]).0, meter.at([1.0; 3]));
+    let delta = 0.5 * (before + at_one.0);
+    let limits = Limits { max_kl: 2.0 * at_one.1.max(at_one.2), delta, c_max: 4.0, ..Limits::default() };
+    for (freedom, solver) in [
+        (Freedom::PerLayer, Solver::Gradients),
+        (Freedom::OneForAll, Solver::Gradients),
+        (Freedom::PerLayer, Solver::ForwardOnly),
+    ] {
+        let limits = Limits { freedom, solver, ..limits };
+        let run = |kl_price, unsafe_above| {
+            let limits = Limits { kl_price, unsafe_above, ..limits };
+            let found = calibrate(&Frozen::new(&model), &gene, &shots, &limits, 0).unwrap();
+            check_report(&found, &meter, &limits);
+            found
+        };
+        // At that price a little safety is all that is bought; unless it may not end unsafe, and δ says what is safe here.
+        let (free, dear) = (run(0.0, 0.0), run(1e6, f64::INFINITY));
+        assert!(dear.loss > 1.05 * delta && dear.goal == Goal::LeastLoss, "{dear:?}");
+        let safe = run(1e6, 0.0);
+        assert_eq!(
+            (safe.loss, &safe.coefficients),
+            (free.loss, &free.coefficients),
+            "{freedom:?}, {solver:?}"
+        );
+        assert!(safe.loss <= 1.021 * delta && safe.gradients > free.gradients, "{safe:?}");
+        // Nor is it paid where the answer is not as safe as asked, but safe.
+        let tolerated = run(1e6, before);
+        assert_eq!(tolerated.coefficients, dear.coefficients);
+    }
+}
+
+#[test]
+fn gene_that_is_enough_but_dear_is_turned_down() {
+    let (model, gene) = (model(), gene(1.0));
+    let shots = shots(&model, &gene);
+    let meter = Meter::new(&model, &gene, &shots);
+    let (before, at_one) = (meter.at([0.0; 3]).0, meter.at([1.0; 3]));
+    let (kl, delta) = (at_one.1 + at_one.2, 0.5 * (before + at_one.0));
+    let limits = Limits { max_kl: 2.0 * kl, delta, c_max: 4.0, price: 0.0, ..Limits::default() };
+    let found =
+        calibrate(&Frozen::new(&model), &gene, &shots, &Limits { kl_price: 0.1 / kl, ..limits }, 0).unwrap();
+    let (loss, task, benign) = check_report(&found, &meter, &limits);
+    assert!(loss <= 1.021 * delta && task + benign < 0.5 * kl, "{found:?}, KL {kl} at 1");
 }
 
 #[test]
@@ -375,6 +427,7 @@ fn missing_shots_and_senseless_limits_are_refused() {
         Limits { price: f64::NAN, ..Limits::default() },
         Limits { kl_price: -0.1, ..Limits::default() },
         Limits { kl_price: f64::INFINITY, ..Limits::default() },
+        Limits { unsafe_above: f64::NAN, ..Limits::default() },
     ] {
         assert!(matches!(run(&good, limits), CalibrationError::Limit { .. }), "{limits:?}");
     }

@@ -97,6 +97,7 @@ pub(super) fn expression(
     put("c_max", limits.c_max);
     put("delta", limits.delta);
     put("leave", limits.leave);
+    put("kl_price", limits.kl_price);
     put("kl", found.kl_task);
     if let Some(kl) = found.kl_benign {
         put("kl_benign", kl);
@@ -300,7 +301,8 @@ fn limits(call: &Calibrate) -> Limits {
         c_max: call.c_max,
         delta: call.delta,
         leave: call.leave,
-        kl_price: call.kl_price,
+        // The least KL is asked for without a price.
+        kl_price: if call.least_kl { 0.0 } else { call.kl_price },
         freedom: if call.one_coefficient { Freedom::OneForAll } else { Freedom::PerLayer },
         aim: if call.least_kl { Aim::LeastKl } else { Aim::Nearest },
         solver: if call.forward_only { Solver::ForwardOnly } else { Solver::Gradients },
@@ -450,10 +452,10 @@ fn one(
     }
     let goal = match found.goal {
         Goal::AlreadySafe => "the target refuses already; nothing is expressed",
-        Goal::Nearest => "as safe as asked, with coefficients as near 1 as that allows",
+        Goal::Nearest => "as safe as asked, with coefficients near 1 and little KL",
         Goal::LeastKl => "as safe as asked, at the least KL on the shots",
         Goal::LeastLoss => {
-            "the safety asked for costs more than the limit on KL, or coefficients further from 1 than it is worth: about as safe as that allows"
+            "the safety asked for costs more than the limit on KL, or more KL or coefficients further from 1 than it is worth: about as safe as that allows"
         }
     };
     ui.say(&format!(
@@ -511,6 +513,8 @@ fn already(
             && number("c_max") == Some(limits.c_max)
             && number("delta") == Some(limits.delta)
             && number("leave").is_none_or(|v| v == limits.leave)
+            // Before it had a price, KL was free.
+            && number("kl_price").unwrap_or(0.0) == limits.kl_price
             // Before there was an aim, whole refusals were looked at.
             && old.limits.get("aim") == serde_json::to_value(limits.aim).ok().as_ref()
             && word("freedom", serde_json::to_value(limits.freedom).unwrap_or_default())

@@ -93,7 +93,7 @@ fn meta(job: &Compare, settings: &Settings, plan: &Plan, outcome: &Outcome, seco
         "Lab models have 0.9 million parameters and speak an invented language; what holds here need not hold for real models.".into(),
     );
     notes.push(
-        "Whatever is tuned saw the same shots, the same limit on KL. A rival tries 7 to 15 settings, calibration may take 48 gradients and mostly takes far fewer. A gene takes coefficients near 1, as far from it as it makes safer, a rival the setting of least KL of those that are safe enough; a rival none of whose settings is within the limit takes the one of least KL. The few-shot LoRA learns whole refusals, everything else is held to how they open.".into(),
+        "Whatever is tuned saw the same shots, the same limit on KL, but for resta-equal-kl, whose limit is the larger of the two KL that the gene spends on the shots. A rival tries 7 to 15 settings, calibration may take 96 gradients and mostly takes 10 to 30. A gene takes coefficients near 1 and little KL, as far as it makes safer, a rival the setting of least KL of those that are safe enough; a rival none of whose settings is within the limit takes the one of least KL. The few-shot LoRA learns whole refusals, everything else is held to how they open.".into(),
     );
     Meta {
         title: "Methods that make fine-tuned models safe again".into(),

@@ -298,7 +298,7 @@ fn what_is_there_was_made_from_the_same_fields_and_curve() {
     for same in [&["--trade-off", "0.01"][..], &[]] {
         assert!(run(same).ok().stderr.contains("there already"), "{same:?}");
     }
-    for other in [&["--trade-off", "0.01,0.02"][..], &["--answer-field", "other"]] {
+    for other in [&["--trade-off", "0.01,0.02"][..], &["--answer-field", "other"], &["--kl-price", "50"]] {
         let said = run(other);
         assert!(said.code == 2 && said.stderr.contains("exists"), "{other:?}: {}", said.stderr);
     }
