@@ -124,9 +124,14 @@ fn shots(roots: &Roots, tune: Tune, draw: usize, whole: bool) -> Result<Shots> {
 }
 
 /// Every form and draw on one target, a line each.
-fn on_target(args: &Args, forms: &[(&str, Form)], ground: &Ground<'_>, name: &str) -> Result<Vec<String>> {
+fn on_target(
+    args: &Args,
+    forms: &[(&str, Form)],
+    recipe: &Recipe,
+    ground: &Ground<'_>,
+    name: &str,
+) -> Result<Vec<String>> {
     let roots = ground.roots;
-    let recipe = Recipe::new(false);
     let tune = Tune::target(name).with_context(|| format!("`{name}` is no target of the lab"))?;
     let folder = roots.seed_folder(args.seed).join("targets").join(name);
     let held = Held::open(&folder, &roots.model)?.merged()?;
@@ -137,14 +142,13 @@ fn on_target(args: &Args, forms: &[(&str, Form)], ground: &Ground<'_>, name: &st
         Kind::Svd => &ground.svd,
         Kind::Fresh => &ground.fresh,
     };
-    let ground_settings = serde_json::to_value(distill)?;
     let gene_name = args.gene.to_possible_value().map(|v| v.get_name().to_string());
     let mut out = Vec::new();
     for &draw in &args.draws {
         for &(text, form) in forms {
             let mut line = serde_json::json!({
                 "family": roots.family.layout, "seed": args.seed, "target": name, "draw": draw, "form": text, "gene": gene_name,
-                "distillation": ground_settings,
+                "distillation": recipe.distill,
             });
             let added = match form {
                 Form::One => gene.at(&gene.layers().iter().map(|&l| (l, 1.0)).collect())?,
@@ -157,7 +161,7 @@ fn on_target(args: &Args, forms: &[(&str, Form)], ground: &Ground<'_>, name: &st
                 Form::FewShot { whole, delta, max_kl } => {
                     let Shots { safety, task, benign } = shots(roots, tune, draw, whole)?;
                     let shots = few_shot::Shots { safety, task, benign };
-                    let options = few_shot::Options { delta, max_kl, ..few_shot_options(&recipe, args.seed) };
+                    let options = few_shot::Options { delta, max_kl, ..few_shot_options(recipe, args.seed) };
                     let rates = &few_shot::RATES;
                     let (found, _) = few_shot::best_rate(
                         target.model,
@@ -245,7 +249,7 @@ fn main() -> Result<()> {
         let ground = Ground::open(&roots, args.seed, &recipe, args.threads, &Quiet)?;
         let lines: Mutex<BTreeMap<usize, Vec<String>>> = Mutex::new(BTreeMap::new());
         train::each::<LabError>(args.targets.len(), args.threads, &|i| {
-            let done = on_target(&args, &forms, recipe.distill, &ground, &args.targets[i])
+            let done = on_target(&args, &forms, &recipe, &ground, &args.targets[i])
                 .map_err(|e| LabError::Thread(format!("{}: {e:#}", args.targets[i])))?;
             if let Ok(mut lines) = lines.lock() {
                 lines.insert(i, done);
